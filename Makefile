@@ -1,0 +1,22 @@
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: repro setup test lint
+
+repro: setup  ## set up, then run the whole pipeline
+	dvc repro
+
+setup: .venv/installed  ## install into .venv
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+test: lint  ## all tests
+	pytest
+
+lint: setup
+	ruff check .
+	lint-imports

@@ -1,0 +1,124 @@
+"""The command line. Heavy imports live inside the commands, so that help is instant."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+HELP = """Compare routing methods for sparse mixtures of experts, reproducibly.
+
+\b
+Workflow:
+  dvc repro                         all stages for every method and seed of params.yaml
+  vqmoe ui                          compare the runs in MLflow
+  vqmoe train --method smoe         all stages of one method in one process, under runs/
+  vqmoe train -S model.layers=2     the same with changed params (repeat -S)
+Stages, in order, as `dvc repro` calls them:
+  prepare > pretrain > warmup > finetune > robustness > report
+Params: params.yaml, every key with a comment; add methods and seeds under `grid`.
+Outputs: outputs/ (tokens, models), results/ (metrics, run ids), report/ (tables, plots).
+"""
+
+
+class Group(click.Group):
+    """Turns the errors a user can mend into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from pipeline.errors import Failure, UsageError
+
+        try:
+            return super().invoke(ctx)
+        except (UsageError, Failure) as error:
+            click.echo(f"vqmoe: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("vqmoe: interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Group, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vqmoe")
+def main() -> None:
+    pass
+
+
+def _with_params(command: Any) -> Any:
+    command = click.option("-S", "overrides", multiple=True, metavar="section.key=value", help="Override a param; repeatable.")(command)
+    return click.option("--params", "file", default="params.yaml", type=click.Path(path_type=Path), show_default=True,
+                        help="The experiment.")(command)
+
+
+def _with_cell(command: Any) -> Any:
+    command = click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Default: the first of grid.seeds.")(command)
+    return click.option("--method", help="A section under methods. Default: the first of grid.methods.")(command)
+
+
+def _load(file: Path, overrides: tuple[str, ...]) -> Any:
+    from pipeline import config
+    from pipeline.moe.layer import SETTINGS
+
+    return config.load(file, SETTINGS, overrides)
+
+
+def _cell(params: Any, method: str | None, seed: int | None) -> Any:
+    from stages.paths import Cell
+
+    cell = Cell(method or params.grid.methods[0], params.grid.seeds[0] if seed is None else seed)
+    params.method(cell.method)
+    return cell
+
+
+def _stage(name: str, text: str) -> None:
+    @main.command(name, help=text)
+    @_with_params
+    def command(file: Path, overrides: tuple[str, ...]) -> None:
+        from stages.execute import execute
+        from stages.paths import Paths
+
+        execute(name, _load(file, overrides), Paths.here())
+
+
+def _grid_stage(name: str, text: str) -> None:
+    @main.command(name, help=text)
+    @_with_params
+    @_with_cell
+    def command(file: Path, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
+        from stages.execute import execute
+        from stages.paths import Paths
+
+        params = _load(file, overrides)
+        execute(name, params, Paths.here(), _cell(params, method, seed))
+
+
+_stage("prepare", "Write tokens, tokenizer, task and manifest to outputs/data.")
+_grid_stage("pretrain", "Pre-train a language model with one method.")
+_grid_stage("warmup", "Warm up the codebook (or router) on the fine-tuning domain, backbone frozen.")
+_grid_stage("finetune", "Fine-tune on the labelled task, in the mode of inference.")
+_grid_stage("robustness", "Score language model and classifier under noise and shift.")
+_stage("report", "Compare the methods: tables and plots in report/.")
+
+
+@main.command(help="All stages of one method in one process, in a folder of their own under runs/.")
+@_with_params
+@_with_cell
+def train(file: Path, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
+    from pipeline.config import fingerprint
+    from pipeline.evaluation.tables import show_run
+    from stages.execute import train as train_cell
+    from stages.paths import Paths
+
+    params = _load(file, overrides)
+    cell = _cell(params, method, seed)
+    here = Paths.here()
+    sections = params.select(set(type(params).model_fields) - {"grid", "methods", "tracking", "report"}, cell.method)
+    out = here.root / "runs" / f"{cell.name}-{fingerprint(sections)[:8]}"
+    show_run(train_cell(params, Paths(here.root, out), cell), out)
+
+
+@main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+def ui(port: int) -> None:
+    from pipeline.tracking import serve
+    from stages.paths import Paths
+
+    serve(Paths.here().root, port)

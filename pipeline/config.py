@@ -1,0 +1,293 @@
+"""params.yaml as frozen, typed sections. An unknown key, a wrong type or an impossible value is one clear line.
+
+The sections of `methods` are typed by the methods themselves (`pipeline.moe`), whose table the caller hands in:
+this file knows no method, and a new method does not touch it.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.errors import UsageError
+
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+Corruption = Literal["swap", "delete", "insert", "replace", "keyboard"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class MethodSettings(Protocol):
+    """What a method's settings class offers beside its fields."""
+
+    def check(self, experts: int) -> None:
+        """Raise ValueError("<key> is <value>: <what is allowed>") if the settings do not fit `experts` experts."""
+
+
+class Grid(Section):
+    methods: Annotated[tuple[str, ...], AsTuple, Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], AsTuple, Field(min_length=1)]
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("lists an entry twice; name each once")
+        return value
+
+
+class Data(Section):
+    corpus: str
+    view: Literal["text27", "bytes"]
+    task: str
+
+
+class Prepare(Section):
+    passage: Annotated[int, Field(ge=16)]
+    vocabulary: Annotated[int, Field(ge=100)]
+
+
+class Model(Section):
+    layers: Count
+    width: Count
+    heads: Count
+    experts: Count
+    expert_width: Count
+    context: Annotated[int, Field(ge=8)]
+    dropout: Share
+    norm: Literal["pre", "post"]
+    positions: Literal["rotary", "learned"]
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "Model":
+        if self.width % self.heads:
+            raise ValueError(f"heads is {self.heads}: must divide width ({self.width})")
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError(f"width / heads is {self.width // self.heads}: must be even for rotary positions")
+        return self
+
+
+class Training(Section):
+    """What every training stage needs: a budget in steps, an optimizer and how often to validate."""
+
+    steps: Count
+    batch: Count
+    learning_rate: Positive
+    ramp: Share
+    clip: Positive
+    validate_every: Count
+
+
+class Pretrain(Training):
+    validate_tokens: Count
+
+
+class Warmup(Training):
+    validate_tokens: Count
+    kmeans_tokens: Count
+
+
+class Finetune(Training):
+    weight_decay: Annotated[float, Field(ge=0)]
+    head_dropout: Share
+    scratch: bool
+
+
+class Robustness(Section):
+    kinds: Annotated[tuple[Corruption, ...], AsTuple, Field(min_length=1)]
+    rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)]
+    segments: Count
+    passages: Count
+
+    @field_validator("rates")
+    @classmethod
+    def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("must rise from entry to entry")
+        return value
+
+
+class Report(Section):
+    dpi: Annotated[int, Field(ge=50, le=600)]
+
+
+class Tracking(Section):
+    experiment: Annotated[str, Field(min_length=1, pattern=r"^[\w .-]+$")]
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    grid: Grid
+    data: Data
+    prepare: Prepare
+    model: Model
+    methods: dict[str, Any]
+    pretrain: Pretrain
+    warmup: Warmup
+    finetune: Finetune
+    robustness: Robustness
+    report: Report
+    tracking: Tracking
+
+    @field_validator("methods")
+    @classmethod
+    def _typed_methods(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, MethodSettings]:
+        known: Mapping[str, type[BaseModel]] = info.context["settings"]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"'{name}' is no method; there are: {', '.join(known)}")
+        typed = {}
+        for name, raw in value.items():
+            try:
+                typed[name] = known[name].model_validate(raw)
+                if "model" in info.data:
+                    typed[name].check(info.data["model"].experts)
+            except ValidationError as error:
+                raise _Nested(name, error) from None
+            except ValueError as error:
+                raise ValueError(f"in methods.{name}: {error}") from None
+        return typed
+
+    @model_validator(mode="after")
+    def _grid_names_methods(self) -> "Params":
+        for name in self.grid.methods:
+            self.method(name)
+        return self
+
+    def method(self, name: str) -> Any:
+        """The settings of one method; a name without a section is an error that lists those that have one."""
+        if name not in self.methods:
+            raise UsageError(f"method '{name}' has no section under methods; there are: {', '.join(self.methods)}{_nearest(name, self.methods)}")
+        return self.methods[name]
+
+    def select(self, sections: Iterable[str], method: str | None = None) -> SimpleNamespace:
+        """Only the named sections, and one method's settings as `.method`: a stage cannot read what it does not declare."""
+        chosen = SimpleNamespace(**{name: getattr(self, name) for name in sections})
+        if method is not None:
+            chosen.method = self.method(method)
+        return chosen
+
+
+class _Nested(Exception):
+    """A validation error inside methods.<name>, carried out of pydantic's own validation with its location."""
+
+    def __init__(self, name: str, error: ValidationError) -> None:
+        self.name, self.error = name, error
+
+
+def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterable[str] = ()) -> Params:
+    """Read and validate params.yaml.
+
+    `settings` maps each method's name to the class of its settings; `overrides` are `section.key=value`, the value
+    read as YAML. Numbers follow YAML 1.2, so `1e-4` and `0.0001` are the same number.
+    Raises UsageError with one line that names the key, the value found and what is allowed.
+    """
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such params file; name one with --params, or run inside the repository") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
+    except YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: holds {type(raw).__name__}, expected sections ({', '.join(Params.model_fields)})")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Params.model_validate(raw, context={"settings": settings})
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_line(error, (), raw, Params)}") from None
+    except _Nested as nested:
+        part = raw["methods"][nested.name]
+        raise UsageError(f"{path}: {_line(nested.error, ('methods', nested.name), part, settings[nested.name])}") from None
+
+
+def fingerprint(value: Any) -> str:
+    """Sha256 of params (models, namespaces, plain values) as canonical JSON."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Params as plain dicts, lists and numbers."""
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump())
+    if isinstance(value, SimpleNamespace):
+        return plain(vars(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Params as one level of dotted keys: {"model.width": 128, ...}."""
+    result: dict[str, Any] = {}
+    for key, item in plain(value).items():
+        if isinstance(item, dict):
+            result |= flat(item, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = item
+    return result
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"-S {override}: expected section.key=value, for example -S pretrain.steps=200")
+    try:
+        value = YAML(typ="safe").load(text)
+    except YAMLError:
+        raise UsageError(f"-S {override}: '{text}' is not a YAML value") from None
+    *sections, last = key.strip().split(".")
+    part = raw
+    for section in sections:
+        if not isinstance(part.get(section), dict):
+            raise UsageError(f"-S {override}: there is no section '{section}'{_nearest(section, part)}")
+        part = part[section]
+    part[last] = value
+
+
+def _line(error: ValidationError, above: tuple[str, ...], raw: Any, model: type[BaseModel]) -> str:
+    """The first error of a validation, with the nearest known key for a misspelt one."""
+    first = error.errors()[0]
+    where = ".".join(map(str, above + first["loc"]))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields(model, first["loc"][:-1])
+        return f"unknown key {where}{_nearest(str(first['loc'][-1]), known)}; known there: {', '.join(known)}{more}"
+    if first["type"] == "missing":
+        return f"{where} is missing; add it{more}"
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        return f"{where + ': ' if where else ''}{reason}{more}"
+    return f"{where} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _fields(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

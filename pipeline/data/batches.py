@@ -1,0 +1,103 @@
+"""Token files and batches. A batch is a pure function of (seed, step): the same for every method, and nothing to resume.
+
+Shapes: S segments, B batch, T positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.corpora import view
+from pipeline.data.tasks import Example
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.errors import Failure
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids of each example (uint16, cut to a length) and label indices (int64)."""
+
+    ids: list[np.ndarray]
+    labels: np.ndarray
+
+
+def write_tokens(path: Path, ids: np.ndarray) -> None:
+    np.save(path, ids.astype(np.uint16))
+
+
+def open_tokens(path: Path) -> np.ndarray:
+    """A token file, mapped into memory: only what is read is loaded."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise Failure(f"{path}: not found; run `vqmoe prepare`") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise Failure(f"{path}: truncated or no token file ({error}); run `vqmoe prepare` again") from None
+    if tokens.ndim != 1 or tokens.dtype != np.uint16:
+        raise Failure(f"{path}: holds {tokens.dtype} of shape {tokens.shape}, expected uint16 tokens; run `vqmoe prepare` again")
+    return tokens
+
+
+def token_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int) -> Tensor:
+    """Random segments (B, context + 1)."""
+    _check_length(tokens, context)
+    starts = _generator(seed, step).integers(0, len(tokens) - context, batch)
+    return torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
+
+
+def segments(tokens: np.ndarray, context: int, limit: int | None = None) -> np.ndarray:
+    """Consecutive segments (S, context + 1) for scoring; neighbours share a token, so each is predicted once.
+
+    With `limit`, at most that many, evenly spaced.
+    """
+    _check_length(tokens, context)
+    starts = np.arange(0, len(tokens) - context, context)
+    if limit is not None and limit < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, limit).astype(int)]
+    return np.stack([tokens[start : start + context + 1] for start in starts])
+
+
+def encode_examples(
+    examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, view_name: str, length: int
+) -> Examples:
+    """Each text in a view, its first `length` tokens; a text the view leaves empty becomes a single space."""
+    index = {label: i for i, label in enumerate(labels)}
+    ids = [tokenizer.encode(view(example.text, view_name) or " ")[:length] for example in examples]
+    return Examples(ids, np.array([index[example.label] for example in examples], dtype=np.int64))
+
+
+def example_batch(examples: Examples, batch: int, seed: int, step: int) -> tuple[list[np.ndarray], Tensor]:
+    """Ids and labels (B,) of the batch of `step` (from 1), going through the examples in shuffled epochs."""
+    count = len(examples.ids)
+    chosen: list[int] = []
+    for position in range((step - 1) * batch, step * batch):
+        epoch, place = divmod(position, count)
+        if not chosen or place == 0:
+            order = _generator(seed, epoch, stream=1).permutation(count)
+        chosen.append(int(order[place]))
+    return [examples.ids[i] for i in chosen], torch.from_numpy(examples.labels[chosen])
+
+
+def padded(ids: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) padded on the right, and lengths (B,).
+
+    Under causal attention a token never sees what is right of it, so this equals padding on the left with a mask,
+    and the positions are those of pre-training.
+    """
+    tokens = np.full((len(ids), max(map(len, ids))), pad, dtype=np.int64)
+    for row, sequence in enumerate(ids):
+        tokens[row, : len(sequence)] = sequence
+    return torch.from_numpy(tokens), torch.tensor([len(sequence) for sequence in ids])
+
+
+def _generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, index))))
+
+
+def _check_length(tokens: np.ndarray, context: int) -> None:
+    if len(tokens) < context + 1:
+        raise Failure(f"a split has {len(tokens)} tokens, one segment needs {context + 1}; give it more text or lower model.context")

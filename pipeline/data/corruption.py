@@ -1,0 +1,103 @@
+"""Character noise on arrays of symbols (bytes or code points), each symbol traceable to its clean position.
+
+Shapes: T clean symbols, T' noisy ones. `source` (T',) is the clean position of each noisy symbol, -1 for an inserted one.
+"""
+
+import hashlib
+
+import numpy as np
+
+from pipeline.errors import UsageError
+
+Noisy = tuple[np.ndarray, np.ndarray]
+
+_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+
+
+def swap(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+    """Exchange neighbours: disjoint pairs, so that a share `rate` of the symbols moves."""
+    source = np.arange(len(symbols))
+    # Pairs on a random grid (even or odd starts) are disjoint without a loop.
+    starts = np.arange(int(rng.integers(2)), len(symbols) - 1, 2)
+    starts = starts[rng.random(len(starts)) < rate]
+    source[starts], source[starts + 1] = starts + 1, starts
+    return symbols[source], source
+
+
+def delete(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+    """Drop each symbol with probability `rate`; a text never becomes empty."""
+    source = np.flatnonzero(rng.random(len(symbols)) >= rate)
+    if not len(source):
+        source = np.array([0])
+    return symbols[source], source
+
+
+def insert(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+    """Put a random symbol before each symbol with probability `rate`."""
+    places = np.flatnonzero(rng.random(len(symbols)) < rate)
+    source = np.insert(np.arange(len(symbols)), places, -1)
+    return np.insert(symbols, places, rng.choice(alphabet, len(places))), source
+
+
+def replace(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+    """Replace each symbol with probability `rate` by another one of the alphabet."""
+    noisy = symbols.copy()
+    places = np.flatnonzero(rng.random(len(symbols)) < rate)
+    ordered = np.sort(alphabet)
+    # The place of the old symbol in the alphabet, plus 1 to size-1 steps round it, is any other symbol alike.
+    place = np.searchsorted(ordered, symbols[places]) % len(ordered)
+    noisy[places] = ordered[(place + rng.integers(1, len(ordered), len(places))) % len(ordered)]
+    return noisy, np.arange(len(symbols))
+
+
+def keyboard(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+    """Replace each letter with probability `rate` by a neighbour on a QWERTY keyboard, in the same case."""
+    noisy = symbols.copy()
+    letters = np.flatnonzero(symbols < 128)
+    letters = letters[_NEIGHBOUR_COUNT[symbols[letters]] > 0]
+    places = letters[rng.random(len(letters)) < rate]
+    pick = rng.integers(0, 1 << 30, len(places)) % _NEIGHBOUR_COUNT[symbols[places]]
+    noisy[places] = _NEIGHBOURS[symbols[places], pick]
+    return noisy, np.arange(len(symbols))
+
+
+KINDS = {"swap": swap, "delete": delete, "insert": insert, "replace": replace, "keyboard": keyboard}
+
+
+def corrupt(symbols: np.ndarray, kind: str, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+    """Noisy symbols (T',) and their source (T',) for a corruption by name at a rate in 0..1."""
+    if kind not in KINDS:
+        raise UsageError(f"corruption '{kind}' does not exist; there are: {', '.join(KINDS)}")
+    if not 0 <= rate <= 1:
+        raise UsageError(f"rate {rate} of corruption {kind}: expected 0 to 1")
+    return KINDS[kind](np.asarray(symbols), rate, alphabet, rng)
+
+
+def rng_for(seed: int, kind: str, rate: float, index: int) -> np.random.Generator:
+    """The generator of one example: the same for every method, whatever was drawn before."""
+    key = hashlib.sha256(f"{seed}:{kind}:{rate!r}:{index}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(int.from_bytes(key, "little")))
+
+
+def alphabet(view: str) -> np.ndarray:
+    """Symbols that noise inserts: a-z and space for `text27`, printable ASCII for `bytes`."""
+    return np.array([32, *range(97, 123)] if view == "text27" else range(32, 127), dtype=np.uint16)
+
+
+def _neighbours() -> tuple[np.ndarray, np.ndarray]:
+    """Up to 8 neighbours of every ASCII letter, and how many there are."""
+    table, count = np.zeros((128, 8), dtype=np.uint16), np.zeros(128, dtype=np.int64)
+    position = {letter: (row, column) for row, letters in enumerate(_ROWS) for column, letter in enumerate(letters)}
+    for letter, (row, column) in position.items():
+        for other, (other_row, other_column) in position.items():
+            # Each row is shifted to the right by about half a key.
+            across = (other_column + other_row / 2) - (column + row / 2)
+            if other != letter and abs(other_row - row) <= 1 and abs(across) <= 1:
+                for change in (str.lower, str.upper):
+                    code = ord(change(letter))
+                    table[code, count[code]] = ord(change(other))
+                    count[code] += 1
+    return table, count
+
+
+_NEIGHBOURS, _NEIGHBOUR_COUNT = _neighbours()

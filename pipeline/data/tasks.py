@@ -1,0 +1,127 @@
+"""Labelled tasks: the era task made from the embedded corpus, or a file of text, label and split."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.corpora import SPLITS, Corpus, check_record, read_text, records
+from pipeline.errors import Failure, UsageError
+
+ERA_FIRST, ERA_YEARS = 1790, 40
+FIELDS = ("text", "label", "split")
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True)
+class Example:
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labels in order of their index, and the examples of each split."""
+
+    labels: tuple[str, ...]
+    splits: dict[str, list[Example]]
+
+
+def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
+    """`era`, made from a corpus with years, or a path (relative to `root`) to .jsonl(.xz) or .csv.
+
+    Raises UsageError for a name that is neither, Failure for data that cannot be used.
+    """
+    if name == "era":
+        if any(document.year is None for split in SPLITS for document in corpus[split]):
+            raise UsageError("data.task is 'era': the corpus has documents without a year; name a labelled file instead")
+        examples = {split: [Example(text, label) for text, label in _eras(corpus, split, passage)] for split in SPLITS}
+        return _checked("task era", examples, {})
+    path = root / name
+    if not path.exists():
+        raise UsageError(f"data.task is '{name}': neither era nor an existing path (.jsonl or .csv with {', '.join(FIELDS)})")
+    examples = {split: [] for split in SPLITS}
+    lines: dict[tuple[str, str], int] = {}
+    for number, record in _csv(path) if path.suffix == ".csv" else records(path, FIELDS):
+        if not record["text"].strip():
+            raise Failure(f"{path}, line {number}: the text is empty; remove the line or fill it")
+        label = str(record["label"])
+        examples[record["split"]].append(Example(record["text"], label))
+        lines.setdefault((record["split"], label), number)
+    return _checked(str(path), examples, lines)
+
+
+def write_task(path: Path, task: Task) -> None:
+    """One JSON object per example."""
+    with open(path, "w", encoding="utf-8") as file:
+        for split in SPLITS:
+            for example in task.splits[split]:
+                file.write(json.dumps({"text": example.text, "label": example.label, "split": split}, ensure_ascii=False) + "\n")
+
+
+def read_task(path: Path) -> Task:
+    """The task that `write_task` wrote."""
+    if not path.exists():
+        raise Failure(f"{path}: not found; run `vqmoe prepare` again")
+    return load_task(path.name, {}, path.parent, passage=0)
+
+
+def passages(text: str, length: int) -> list[str]:
+    """Whole sentences up to about `length` characters each; a sentence over twice that is cut at spaces.
+
+    A tail shorter than a quarter of `length` joins the passage before it.
+    """
+    result: list[str] = []
+    current = ""
+    for sentence in _sentences(text, 2 * length):
+        current = f"{current} {sentence}" if current else sentence
+        if len(current) >= length:
+            result.append(current)
+            current = ""
+    if current and result and len(current) < length / 4:
+        result[-1] += " " + current
+    elif current:
+        result.append(current)
+    return result
+
+
+def _sentences(text: str, longest: int) -> Iterator[str]:
+    for sentence in _SENTENCE_END.split(text.strip()):
+        while len(sentence) > longest:
+            cut = sentence.rfind(" ", 1, longest)
+            cut = cut if cut > 0 else longest
+            yield sentence[:cut]
+            sentence = sentence[cut:].lstrip()
+        if sentence:
+            yield sentence
+
+
+def _eras(corpus: Corpus, split: str, passage: int) -> Iterator[tuple[str, str]]:
+    for document in corpus[split]:
+        first = document.year - (document.year - ERA_FIRST) % ERA_YEARS
+        for text in passages(document.text, passage):
+            yield text, f"{first}-{first + ERA_YEARS - 1}"
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    for record in reader:
+        yield reader.line_num, check_record(path, reader.line_num, record, FIELDS)
+
+
+def _checked(source: str, examples: dict[str, list[Example]], lines: dict[tuple[str, str], int]) -> Task:
+    for split in SPLITS:
+        if not examples[split]:
+            raise Failure(f"{source}: the {split} split is empty; give it at least one example")
+    labels = tuple(sorted({example.label for example in examples["train"]}))
+    if len(labels) < 2:
+        raise Failure(f"{source}: training has the one label '{labels[0]}'; a task needs at least two")
+    for split in SPLITS[1:]:
+        for label in sorted({example.label for example in examples[split]} - set(labels)):
+            where = f", line {lines[split, label]}" if (split, label) in lines else ""
+            raise Failure(f"{source}{where}: label '{label}' is in {split} but never in train; add training examples or drop it")
+    return Task(labels, examples)

@@ -1,0 +1,105 @@
+"""Plots of the report: one colour per method everywhere, from a palette that colour-blind readers can tell apart."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+# Okabe and Ito's palette, and a marker each, so that the lines differ in print too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+Points = Sequence[Mapping[str, float]]
+
+
+def styles(methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each method, by its place in the list."""
+    return {m: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, m in enumerate(methods)}
+
+
+def training_curves(histories: Mapping[str, Sequence[Points]], references: Mapping[str, float]) -> Figure:
+    """Validation bits per character against the step; a line per method (mean over seeds), references dashed."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for method, style in styles(list(histories)).items():
+        steps = [row["step"] for row in histories[method][0]]
+        curves = np.array([[row["valid/bpc"] for row in rows] for rows in histories[method]])
+        _band(axes, steps, curves, method, style)
+    for name, value in references.items():
+        axes.axhline(value, color="0.55", linestyle="--", linewidth=1)
+        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points", color="0.35")
+    axes.set(xlabel="training step", ylabel="validation bits per character", title="Pre-training")
+    axes.legend(frameon=False)
+    return _finish(figure)
+
+
+def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], ylabel: str, title: str) -> Figure:
+    """A panel per corruption: score against severity; `scores[kind][method]` lists the points of each seed."""
+    columns = min(3, len(scores))
+    rows = -(-len(scores) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(3.1 * columns + 0.6, 2.7 * rows + 0.5), sharex=True, sharey=True, squeeze=False
+    )
+    for axes, (kind, methods) in zip(grid.flat, scores.items(), strict=False):
+        for method, style in styles(list(methods)).items():
+            rates = [100 * point["rate"] for point in methods[method][0]]
+            _band(axes, rates, np.array([[point["score"] for point in seed] for seed in methods[method]]), method, style)
+        axes.set_title(kind, fontsize=10)
+    for axes in list(grid.flat)[len(scores):]:
+        axes.set_visible(False)
+    for column in range(columns):
+        lowest = max(row for row in range(rows) if row * columns + column < len(scores))
+        grid[lowest, column].set_xlabel("characters changed, %")
+        grid[lowest, column].tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel)
+    grid[0, 0].legend(frameon=False)
+    figure.suptitle(title)
+    return _finish(figure)
+
+
+def share_maps(shares: Mapping[str, np.ndarray], what: str) -> Figure:
+    """A panel per model: share of the tokens (percent) per layer (rows) and expert or code (columns)."""
+    largest = 100 * max(array.max() for array in shares.values())
+    width = max(4.0, 0.45 * max(array.shape[1] for array in shares.values()) + 1.5)
+    height = sum(0.42 * array.shape[0] + 0.9 for array in shares.values()) + 0.3
+    figure, grid = plt.subplots(len(shares), 1, figsize=(width + 1, height), squeeze=False)
+    for axes, (name, array) in zip(grid.flat, shares.items(), strict=True):
+        image = axes.imshow(100 * array, cmap="cividis", vmin=0, vmax=largest, aspect="auto")
+        if array.shape[1] <= 16:
+            for layer, row in enumerate(100 * array):
+                for index, value in enumerate(row):
+                    axes.text(index, layer, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                              color="black" if value > 0.6 * largest else "white")
+        axes.set(title=name, ylabel="layer", yticks=range(array.shape[0]))
+        axes.set_xticks(range(0, array.shape[1], max(1, array.shape[1] // 16)))
+    grid[-1, 0].set_xlabel(what)
+    figure.tight_layout()
+    figure.colorbar(image, ax=list(grid.flat), label="share of tokens, %")
+    return figure
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    # No software version in the file: the same data gives the same bytes.
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _band(axes: plt.Axes, x: Sequence[float], curves: np.ndarray, label: str, style: Mapping[str, str]) -> None:
+    """Mean over seeds (first axis); with several seeds a band from the lowest to the highest."""
+    axes.plot(x, curves.mean(0), label=label, markersize=4, linewidth=1.6, **style)
+    if len(curves) > 1:
+        axes.fill_between(x, curves.min(0), curves.max(0), color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _finish(figure: Figure) -> Figure:
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,86 @@
+"""Files that are either whole or absent: written under a temporary name beside the target, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Failure
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the body succeeds it is renamed to `path`, else removed."""
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error, temporary) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Like `output_file` for a folder: an earlier `path` is replaced only when the body succeeds."""
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error, temporary) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON. NaN and infinities are refused: they are not JSON."""
+    with output_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file; `remedy` completes the error line of a missing or damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Failure(f"{path}: not found; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path}: cannot be read as JSON ({error}); {remedy}") from None
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file, or of a folder's relative names and contents in sorted order."""
+    if path.is_dir():
+        total = hashlib.new(algorithm)
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            total.update(f"{file.relative_to(path).as_posix()} {digest(file, algorithm)}\n".encode())
+        return total.hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error, path.parent) from error
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _unwritable(path: Path, error: OSError, below: Path) -> Exception:
+    """The line for a failed write; an error about a file elsewhere, which the body met, passes unchanged."""
+    if error.filename is not None and not str(error.filename).startswith((str(below), str(path))) and path.parent.exists():
+        return error
+    return Failure(f"{path}: cannot be written ({error.strerror or error}); free space or permissions there, then run again")

@@ -1,0 +1,43 @@
+"""What a model is made of, as plain data, and the model made from it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
+from torch import nn
+
+from pipeline.config import Model
+from pipeline.models.heads import Classifier
+from pipeline.models.transformer import Transformer
+from pipeline.moe.layer import SETTINGS
+from pipeline.moe.routers.base import Settings
+
+
+class Spec(BaseModel):
+    """Everything needed to build a model; stored beside its weights and compared when they are loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["language-model", "classifier"]
+    method: str
+    settings: Any
+    model: Model
+    vocabulary: int
+    labels: tuple[str, ...] = ()
+    head_dropout: float = 0.0
+
+    @field_validator("settings")
+    @classmethod
+    def _typed(cls, value: Any, info: Any) -> Settings:
+        return SETTINGS[info.data["method"]].model_validate(value) if isinstance(value, dict) else value
+
+    @field_serializer("settings")
+    def _plain(self, value: Settings) -> dict[str, Any]:
+        return value.model_dump()
+
+
+def build(spec: Spec) -> nn.Module:
+    """A language model or a classifier with fresh weights from torch's generator."""
+    backbone = Transformer(spec.model, spec.method, spec.settings, spec.vocabulary)
+    if spec.kind == "language-model":
+        return backbone
+    return Classifier(backbone, len(spec.labels), spec.head_dropout)

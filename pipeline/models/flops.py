@@ -1,0 +1,28 @@
+"""Floating-point operations of a forward pass, counted by torch's flop counter (a multiply-add is two)."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.models.transformer import Transformer
+from pipeline.moe.layer import Mode
+
+
+def _grouped_mm(x_shape: torch.Size, weight_shape: torch.Size, *args: object, out_shape: object = None, **kwargs: object) -> int:
+    """Rows x in x out: every row meets one expert's matrix, however the rows are grouped."""
+    return 2 * x_shape[0] * weight_shape[-2] * weight_shape[-1]
+
+
+@torch.no_grad()
+def flops_per_token(model: Transformer, mode: Mode, length: int) -> float:
+    """Active FLOPs per token of one sequence of `length` tokens, embeddings to next-token scores.
+
+    Counts matrix products and attention (what torch counts), the quantizer's distances and the router included.
+    """
+    tokens_BT: Tensor = torch.zeros(1, length, dtype=torch.long)
+    was_training = model.training
+    model.eval()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm}) as counter:
+        model.logits(model(tokens_BT, mode).state_BTD)
+    model.train(was_training)
+    return counter.get_total_flops() / length

@@ -1,0 +1,145 @@
+"""Decoder-only Transformer whose feed-forward layers are mixtures of experts.
+
+Shapes: B sequences, T positions, D width, H heads, V vocabulary, N = real (not padded) tokens of the batch.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import Model
+from pipeline.moe.layer import LayerOutput, Mode, build_layer
+from pipeline.moe.routers.base import Loss, Settings
+
+
+class Hidden(NamedTuple):
+    """Last hidden states (B, T, D) and what each mixture layer answered."""
+
+    state_BTD: Tensor
+    layers: list[LayerOutput]
+
+    def auxiliary(self) -> Tensor:
+        """Weighted sum of all layers' auxiliary losses."""
+        terms: list[Loss] = [loss for layer in self.layers for loss in layer.losses.values()]
+        return torch.stack([loss.weight * loss.value for loss in terms]).sum()
+
+    def losses(self) -> dict[str, Tensor]:
+        """Raw auxiliary losses by name, mean over layers."""
+        names = {name for layer in self.layers for name in layer.losses}
+        return {
+            name: torch.stack([layer.losses[name].value for layer in self.layers if name in layer.losses]).mean()
+            for name in sorted(names)
+        }
+
+
+class Transformer(nn.Module):
+    """Causal attention, tied input and output embeddings, inputs scaled by sqrt(D), rotary or learned positions."""
+
+    def __init__(self, model: Model, method: str, settings: Settings, vocabulary: int) -> None:
+        super().__init__()
+        self.context = model.context
+        self.embedding = nn.Embedding(vocabulary, model.width)
+        self.positions = nn.Embedding(model.context, model.width) if model.positions == "learned" else None
+        self.dropout = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(Block(model, method, settings) for _ in range(model.layers))
+        self.norm = nn.LayerNorm(model.width) if model.norm == "pre" else nn.Identity()
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+
+    @property
+    def moe_layers(self) -> list[nn.Module]:
+        """The mixture layers, first block first."""
+        return [block.moe for block in self.blocks]
+
+    @property
+    def train_mode(self) -> Mode:
+        return self.moe_layers[0].train_mode
+
+    @property
+    def infer_mode(self) -> Mode:
+        return self.moe_layers[0].infer_mode
+
+    def forward(self, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor | None = None) -> Hidden:
+        """Hidden states of at most `context` tokens; positions where `valid_BT` is false never reach an expert."""
+        width = self.embedding.embedding_dim
+        x_BTD = self.embedding(tokens_BT) * math.sqrt(width)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[: tokens_BT.shape[1]]
+        x_BTD = self.dropout(x_BTD)
+        layers = []
+        for block in self.blocks:
+            x_BTD, output = block(x_BTD, mode, valid_BT)
+            layers.append(output)
+        return Hidden(self.norm(x_BTD), layers)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Next-token scores (..., V) of hidden states (..., D)."""
+        return F.linear(state, self.embedding.weight)
+
+
+class Block(nn.Module):
+    """Causal self-attention, then the mixture of experts, each with a residual and a normalisation before or after."""
+
+    def __init__(self, model: Model, method: str, settings: Settings) -> None:
+        super().__init__()
+        self.heads, self.pre = model.heads, model.norm == "pre"
+        self.attention_norm = nn.LayerNorm(model.width)
+        self.qkv = nn.Linear(model.width, 3 * model.width)
+        self.rotary = Rotary(model.width // model.heads, model.context) if model.positions == "rotary" else None
+        self.project = nn.Linear(model.width, model.width)
+        self.moe_norm = nn.LayerNorm(model.width)
+        self.moe = build_layer(
+            method, settings, width=model.width, experts=model.experts, hidden=model.expert_width, dropout=model.dropout
+        )
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(self, x_BTD: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
+        if self.pre:
+            x_BTD = x_BTD + self._attend(self.attention_norm(x_BTD))
+            y_BTD, output = self._mix(self.moe_norm(x_BTD), mode, valid_BT)
+            return x_BTD + y_BTD, output
+        x_BTD = self.attention_norm(x_BTD + self._attend(x_BTD))
+        y_BTD, output = self._mix(x_BTD, mode, valid_BT)
+        return self.moe_norm(x_BTD + y_BTD), output
+
+    def _attend(self, x_BTD: Tensor) -> Tensor:
+        batch, length, width = x_BTD.shape
+        q, k, v = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(x_BTD).split(width, dim=-1)
+        )
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        y_BTD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+        return self.dropout(self.project(y_BTD))
+
+    def _mix(self, x_BTD: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
+        if valid_BT is None:
+            output = self.moe(x_BTD.flatten(0, 1), mode)
+            return self.dropout(output.y_ND.view_as(x_BTD)), output
+        output = self.moe(x_BTD[valid_BT], mode)
+        return self.dropout(torch.zeros_like(x_BTD).masked_scatter(valid_BT[..., None], output.y_ND)), output
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021): queries and keys turned by angles that grow with the position.
+
+    Their products then depend on distances only, which a small model learns from far less text than from absolute
+    positions.
+    """
+
+    def __init__(self, head_width: int, context: int) -> None:
+        super().__init__()
+        frequency = 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
+        angle_TF = torch.arange(context)[:, None] * frequency
+        self.register_buffer("cos_TF", angle_TF.cos(), persistent=False)
+        self.register_buffer("sin_TF", angle_TF.sin(), persistent=False)
+
+    def forward(self, x_BHTF: Tensor) -> Tensor:
+        length = x_BHTF.shape[-2]
+        cos_TF, sin_TF = self.cos_TF[:length], self.sin_TF[:length]
+        first, second = x_BHTF.chunk(2, dim=-1)
+        return torch.cat([first * cos_TF - second * sin_TF, first * sin_TF + second * cos_TF], dim=-1)

@@ -1,0 +1,1 @@
+"""The mixture-of-experts layer. Knows nothing of models, data, tasks or tracking."""

@@ -1,0 +1,28 @@
+"""Auxiliary losses as pure functions.
+
+Shapes: N tokens, E experts, K experts per token, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def balance_loss(*, probs_NE: Tensor, index_NK: Tensor) -> Tensor:
+    """E * sum_e f_e P_e: exactly 1 when both are uniform, up to E when one expert takes all (Switch Transformers).
+
+    f_e is the share of assignments to expert e (no gradient), P_e the mean probability of e.
+    """
+    experts = probs_NE.shape[1]
+    share_E = torch.bincount(index_NK.flatten(), minlength=experts).to(probs_NE.dtype) / index_NK.numel()
+    return experts * (share_E * probs_NE.mean(0)).sum()
+
+
+def codebook_loss(*, x_ND: Tensor, value_ND: Tensor) -> Tensor:
+    """||sg(x) - v||^2, mean over elements: pulls each code to its tokens (VQ-VAE, second term)."""
+    return F.mse_loss(value_ND, x_ND.detach())
+
+
+def commitment_loss(*, x_ND: Tensor, value_ND: Tensor) -> Tensor:
+    """||x - sg(v)||^2, mean over elements: keeps tokens near their code (VQ-VAE, third term)."""
+    return F.mse_loss(x_ND, value_ND.detach())

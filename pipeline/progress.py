@@ -1,0 +1,61 @@
+"""Progress of a long step: a live bar on a terminal, a plain line every few seconds anywhere else."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """`with Progress("pretrain vqmoe-s0", total=1800, unit="step") as progress: progress.advance(loss=2.1)`.
+
+    Values given to `advance` are shown beside the rate (units per second) and the time left.
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "step") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self.values: dict[str, float] = {}
+        self._console = Console(stderr=True)
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> "Progress":
+        self._start = self._last_line = time.monotonic()
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=self._console,
+            )
+            self._task = self._bar.add_task(self.label, total=self.total, text="")
+            self._bar.start()
+        return self
+
+    def advance(self, units: int = 1, **values: float) -> None:
+        """Count `units` more as done and remember the latest `values`."""
+        self.done += units
+        self.values |= values
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, text=self._text())
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self._line()
+
+    def _rate(self) -> float:
+        return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def _text(self) -> str:
+        return "  ".join([f"{self._rate():.1f} {self.unit}/s", *(f"{k} {v:.4g}" for k, v in self.values.items())])
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        left = (self.total - self.done) / max(self._rate(), 1e-9)
+        print(f"{self.label}: {self.done}/{self.total} {self._text()}  {left:.0f} s left", file=sys.stderr, flush=True)

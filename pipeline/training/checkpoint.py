@@ -1,0 +1,46 @@
+"""Models on disk: a folder with model.safetensors (weights) and model.json (what they are weights of)."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.config import flat
+from pipeline.errors import Failure
+from pipeline.files import read_json
+from pipeline.models.build import Spec, build
+
+REMEDY = "run the stage that makes it again (`dvc repro`)"
+
+
+def save(folder: Path, model: nn.Module, spec: Spec) -> None:
+    """Write the model into an existing folder; the same weights give the same bytes."""
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    text = json.dumps(spec.model_dump(mode="json"), indent=2, sort_keys=True)
+    (folder / "model.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: Path, spec: Spec) -> nn.Module:
+    """The model of `folder`, in evaluation mode.
+
+    Raises Failure with one line if a file is missing or damaged, or was written for another configuration than `spec`.
+    """
+    path = folder / "model.json"
+    found, wanted = read_json(path, REMEDY), spec.model_dump(mode="json")
+    if not isinstance(found, dict):
+        raise Failure(f"{path}: holds {type(found).__name__}, expected a model's description; {REMEDY}")
+    found, wanted = flat(found), flat(wanted)
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise Failure(f"{path}: {key} is {found.get(key)!r} there and {wanted.get(key)!r} in params; {REMEDY}")
+    model = build(spec)
+    weights = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(weights))
+    except FileNotFoundError:
+        raise Failure(f"{weights}: not found; {REMEDY}") from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise Failure(f"{weights}: damaged ({str(error).splitlines()[0]}); {REMEDY}") from None
+    return model.eval()

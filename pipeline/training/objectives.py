@@ -1,0 +1,38 @@
+"""What a training step minimises: a batch as a function of (seed, step), its loss and the loss's parts."""
+
+import math
+
+import numpy as np
+import torch.nn.functional as F
+
+from pipeline.data.batches import Examples, example_batch, padded, token_batch
+from pipeline.models.heads import Classifier
+from pipeline.models.transformer import Transformer
+from pipeline.moe.layer import Mode
+from pipeline.training.loop import Objective
+from pipeline.training.validation import nats
+
+
+def language_objective(model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode) -> Objective:
+    """Next-token cross-entropy plus the layers' auxiliary losses, on random segments of the model's context length."""
+
+    def objective(step: int):  # noqa: ANN202
+        segment_BT = token_batch(tokens, batch, model.context, seed, step)
+        loss, hidden = nats(model, segment_BT[:, :-1], segment_BT[:, 1:], mode)
+        return loss + hidden.auxiliary(), {"bpc": loss / math.log(2)} | hidden.losses()
+
+    return objective
+
+
+def classification_objective(
+    model: Classifier, examples: Examples, *, batch: int, seed: int, pad: int, mode: Mode
+) -> Objective:
+    """Cross-entropy of the label plus the layers' auxiliary losses, over shuffled epochs of the examples."""
+
+    def objective(step: int):  # noqa: ANN202
+        ids, labels_B = example_batch(examples, batch, seed, step)
+        scores_BL, hidden = model(*padded(ids, pad), mode)
+        loss = F.cross_entropy(scores_BL, labels_B)
+        return loss + hidden.auxiliary(), {"nats": loss} | hidden.losses()
+
+    return objective

@@ -1,0 +1,97 @@
+"""Fine-tune the warmed-up backbone on the labelled task, in the mode it is used in at inference."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch.nn.functional as F
+from sklearn.metrics import f1_score
+from torch import Tensor
+
+from pipeline.data.batches import Examples, encode_examples
+from pipeline.data.tasks import Task, read_task
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.files import output_folder
+from pipeline.models.build import Spec, build
+from pipeline.models.flops import flops_per_token
+from pipeline.models.heads import Classifier
+from pipeline.training import checkpoint
+from pipeline.training.history import write_history
+from pipeline.training.loop import Fitted, fit
+from pipeline.training.objectives import classification_objective
+from pipeline.training.optim import adam
+from pipeline.training.seeding import seed_everything
+from pipeline.training.validation import classify
+from stages.paths import Cell, Paths
+from stages.pretrain import language_model
+
+
+def classifier(params: SimpleNamespace, cell: Cell, vocabulary: int, task: Task) -> Spec:
+    """The description of this experiment's classifier, which `robustness` expects to find."""
+    spec = language_model(params, cell, vocabulary)
+    return spec.model_copy(update={
+        "kind": "classifier", "labels": task.labels, "head_dropout": params.finetune.head_dropout,
+    })
+
+
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+    """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token of both phases."""
+    tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
+    task = read_task(paths.data / "task.jsonl")
+    examples = {
+        split: encode_examples(task.splits[split], task.labels, tokenizer, params.data.view, params.model.context)
+        for split in task.splits
+    }
+    spec = classifier(params, cell, tokenizer.size, task)
+    seed_everything(cell.seed, "finetune")
+    model = build(spec)
+    model.backbone.load_state_dict(
+        checkpoint.load(paths.output("warmup", cell), language_model(params, cell, tokenizer.size)).state_dict()
+    )
+    for layer in model.backbone.moe_layers:
+        layer.freeze_assignment()
+    fitted = _fit(model, params, cell, examples, tokenizer.pad, run, "finetune")
+    mode = model.backbone.infer_mode
+    metrics = {
+        "best_step": fitted.best_step,
+        "valid": fitted.best,
+        "test": _scores(classify(model, examples["test"].ids, tokenizer.pad, mode), examples["test"]),
+        "flops_per_token": {
+            "pretrain": flops_per_token(model.backbone, model.backbone.train_mode, params.model.context),
+            "finetune": flops_per_token(model.backbone, mode, params.model.context),
+        },
+    }
+    if params.finetune.scratch:
+        seed_everything(cell.seed, "scratch")
+        fresh = build(spec)
+        _fit(fresh, params, cell, examples, tokenizer.pad, run, "scratch")
+        metrics["scratch"] = _scores(classify(fresh, examples["test"].ids, tokenizer.pad, mode), examples["test"])
+    with output_folder(paths.output("finetune", cell)) as folder:
+        checkpoint.save(folder, model, spec)
+        write_history(folder / "history.csv", fitted.history)
+    return metrics
+
+
+def _fit(
+    model: Classifier, params: SimpleNamespace, cell: Cell, examples: dict[str, Examples], pad: int, run, phase: str  # noqa: ANN001
+) -> Fitted:
+    settings, mode = params.finetune, model.backbone.infer_mode
+    prefix = "" if phase == "finetune" else f"{phase}/"
+    return fit(
+        model, adam(model.parameters(), settings.learning_rate, settings.weight_decay), settings,
+        objective=classification_objective(
+            model, examples["train"], batch=settings.batch, seed=cell.seed, pad=pad, mode=mode
+        ),
+        validate=lambda: _scores(classify(model, examples["valid"].ids, pad, mode), examples["valid"]),
+        score="nats", log=lambda values, step: run.log({prefix + name: value for name, value in values.items()}, step),
+        label=f"{phase} {cell.name}",
+    )
+
+
+def _scores(scores_PL: Tensor, examples: Examples) -> dict[str, float]:
+    labels = np.asarray(examples.labels)
+    predicted = scores_PL.argmax(1).numpy()
+    return {
+        "nats": F.cross_entropy(scores_PL, Tensor(labels).long()).item(),
+        "accuracy": float((predicted == labels).mean()),
+        "macro_f1": float(f1_score(labels, predicted, average="macro")),
+    }

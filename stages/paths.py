@@ -1,0 +1,96 @@
+"""Where every stage reads and writes, and which params it may see; a test holds dvc.yaml to this."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+GRID_STAGES = ("pretrain", "warmup", "finetune", "robustness")
+
+# Sections of params.yaml each stage declares (a grid stage also reads its method's section). `tracking` says only
+# where runs are recorded, changes no result, and so is no dependency of any stage.
+SECTIONS = {
+    "prepare": ("data", "prepare"),
+    "pretrain": ("data", "model", "pretrain"),
+    "warmup": ("data", "model", "warmup"),
+    "finetune": ("data", "model", "finetune"),
+    "robustness": ("data", "model", "finetune", "robustness"),
+    "report": ("grid", "data", "report"),
+}
+
+# Code each stage depends on beside its own file, stages/paths.py and pipeline/{config,errors,files,progress}.py.
+CODE = {
+    "prepare": ("pipeline/data",),
+    "pretrain": ("pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training"),
+    "warmup": ("pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training"),
+    "finetune": ("pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training"),
+    "robustness": ("pipeline/data", "pipeline/evaluation", "pipeline/models", "pipeline/moe", "pipeline/training"),
+    "report": ("pipeline/evaluation",),
+}
+
+
+# Grid stages whose models a grid stage reads.
+UPSTREAM = {
+    "pretrain": (),
+    "warmup": ("pretrain",),
+    "finetune": ("warmup",),
+    "robustness": ("pretrain", "warmup", "finetune"),
+}
+
+
+class Cell(NamedTuple):
+    """One cell of the grid: a method trained with a seed."""
+
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """`root` holds params.yaml and data/; `out` holds what stages write (the same folder under DVC)."""
+
+    root: Path
+    out: Path
+
+    @classmethod
+    def here(cls) -> "Paths":
+        """The repository around the current folder: where DVC started the stage, or the nearest folder with dvc.yaml."""
+        here = Path.cwd()
+        root = next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
+        return cls(root, root)
+
+    @property
+    def data(self) -> Path:
+        return self.out / "outputs/data"
+
+    @property
+    def report(self) -> Path:
+        return self.out / "report"
+
+    def output(self, stage: str, cell: Cell) -> Path:
+        """Folder of a grid stage's large outputs."""
+        return self.out / "outputs" / stage / cell.name
+
+    def result(self, stage: str, cell: Cell | None = None) -> Path:
+        """Small JSON of a stage's metrics and run id."""
+        return self.out / "results" / (f"{stage}/{cell.name}.json" if cell else f"{stage}.json")
+
+    def inputs(self, stage: str, cell: Cell | None = None) -> list[Path]:
+        """What a stage reads besides code, params and the embedded corpus."""
+        if stage == "prepare":
+            return []
+        if stage == "report":
+            results = [self.out / "results" / grid_stage for grid_stage in GRID_STAGES]
+            return [self.result("prepare"), *results, self.out / "outputs/pretrain", self.out / "outputs/robustness"]
+        return [self.data, *(self.output(upstream, cell) for upstream in UPSTREAM[stage])]
+
+    def outputs(self, stage: str, cell: Cell | None = None) -> list[Path]:
+        """What a stage writes."""
+        if stage == "prepare":
+            return [self.data, self.result(stage)]
+        if stage == "report":
+            return [self.report]
+        return [self.output(stage, cell), self.result(stage, cell)]

@@ -1,0 +1,55 @@
+"""Read corpus and task, write tokens, tokenizer, task and a manifest with what there is and what to compare with."""
+
+from types import SimpleNamespace
+
+from pipeline.data.batches import write_tokens
+from pipeline.data.corpora import SPLITS, join, load_corpus
+from pipeline.data.references import compressors, tfidf, unigram_entropy
+from pipeline.data.tasks import load_task, write_task
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.files import digest, output_folder, write_json
+from pipeline.progress import Progress
+from stages.paths import Paths
+
+
+def run(params: SimpleNamespace, paths: Paths, run) -> dict:  # noqa: ANN001
+    """Returns counts and the references: bits per character of compressors on test, TF-IDF's accuracy."""
+    data = params.data
+    with Progress("prepare", total=5, unit="step") as progress:
+        corpus = load_corpus(data.corpus, paths.root)
+        task = load_task(data.task, corpus, paths.root, params.prepare.passage)
+        progress.advance()
+        tokenizer = Tokenizer.bytes()
+        texts = {split: join([document.text for document in corpus[split]], data.view) for split in SPLITS}
+        tokens = {split: tokenizer.encode(text) for split, text in texts.items()}
+        progress.advance()
+        references = {
+            "bits_per_character": compressors(texts["test"].encode()) | {"unigram": unigram_entropy(tokens["test"])},
+        }
+        progress.advance()
+        references["tfidf"] = tfidf(task, params.prepare.vocabulary, data.view)
+        progress.advance()
+        counts = {
+            "documents": {split: len(corpus[split]) for split in SPLITS},
+            "characters": {split: len(texts[split]) for split in SPLITS},
+            "tokens": {split: len(tokens[split]) for split in SPLITS},
+            "task": {split: len(task.splits[split]) for split in SPLITS},
+        }
+        labels = {
+            split: {label: sum(example.label == label for example in task.splits[split]) for label in task.labels}
+            for split in SPLITS
+        }
+        with output_folder(paths.data) as folder:
+            for split in SPLITS:
+                write_tokens(folder / f"{split}.npy", tokens[split])
+            if data.view == "text27":
+                write_tokens(folder / "raw.npy", tokenizer.encode(join([d.text for d in corpus["test"]], "bytes")))
+            tokenizer.save(folder / "tokenizer.json")
+            write_task(folder / "task.jsonl", task)
+            files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+            write_json(folder / "manifest.json", {
+                "corpus": data.corpus, "view": data.view, "task": data.task, "vocabulary": tokenizer.size,
+                **counts, "labels": labels, "references": references, "sha256": files,
+            })
+        progress.advance()
+    return counts | {"references": references}

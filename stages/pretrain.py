@@ -1,0 +1,57 @@
+"""Pre-train the language model: train, validate, keep the best, score it once on test."""
+
+from types import SimpleNamespace
+
+from pipeline.data.batches import open_tokens, segments
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.files import output_folder
+from pipeline.models.build import Spec, build
+from pipeline.models.flops import flops_per_token
+from pipeline.training import checkpoint
+from pipeline.training.history import write_history
+from pipeline.training.loop import fit
+from pipeline.training.objectives import language_objective
+from pipeline.training.optim import adam
+from pipeline.training.seeding import seed_everything
+from pipeline.training.validation import RoutingTally, bits_per_character
+from stages.paths import Cell, Paths
+
+
+def language_model(params: SimpleNamespace, cell: Cell, vocabulary: int) -> Spec:
+    """The description of this experiment's language model, which `warmup` and `robustness` expect to find."""
+    return Spec(
+        kind="language-model", method=cell.method, settings=params.method, model=params.model, vocabulary=vocabulary
+    )
+
+
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+    """Returns metrics: bits per character on valid and test in each mode the method is used in, size, FLOPs, load."""
+    context, settings = params.model.context, params.pretrain
+    tokens = {split: open_tokens(paths.data / f"{split}.npy") for split in ("train", "valid", "test")}
+    valid = segments(tokens["valid"], context, limit=max(1, settings.validate_tokens // context))
+    spec = language_model(params, cell, Tokenizer.load(paths.data / "tokenizer.json").size)
+    seed_everything(cell.seed, "pretrain")
+    model = build(spec)
+    mode = model.train_mode
+    fitted = fit(
+        model, adam(model.parameters(), settings.learning_rate), settings,
+        objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
+        validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
+        score="bpc", log=run.log, label=f"pretrain {cell.name}",
+    )
+    tally = RoutingTally(model)
+    test = segments(tokens["test"], context)
+    metrics = {
+        "best_step": fitted.best_step,
+        "valid": fitted.best,
+        "test": {"bpc": bits_per_character(model, test, mode, watch=tally)},
+        "routing": tally.summary(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_per_token": flops_per_token(model, mode, context),
+    }
+    if model.infer_mode != mode:
+        metrics["test"][f"bpc_{model.infer_mode}"] = bits_per_character(model, test, model.infer_mode)
+    with output_folder(paths.output("pretrain", cell)) as folder:
+        checkpoint.save(folder, model, spec)
+        write_history(folder / "history.csv", fitted.history)
+    return metrics

@@ -1,0 +1,141 @@
+"""Compare the methods of the grid: one table, printed and as Markdown, and plots, with the data of each as CSV."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import Failure
+from pipeline.evaluation import plots
+from pipeline.evaluation.tables import Table, comparison
+from pipeline.files import output_folder, read_json
+from stages.paths import GRID_STAGES, Cell, Paths
+
+REMEDY = "run `dvc repro`"
+
+
+def run(params: SimpleNamespace, paths: Paths, run) -> dict:  # noqa: ANN001
+    """Writes report.md, training.csv, severity.csv and the plots; prints the table. Returns no metrics of its own."""
+    methods, seeds = params.grid.methods, params.grid.seeds
+    references = read_json(paths.result("prepare"), REMEDY)["metrics"]["references"]
+    cells = {
+        method: {
+            stage: [read_json(paths.result(stage, Cell(method, seed)), REMEDY)["metrics"] for seed in seeds]
+            for stage in GRID_STAGES
+        }
+        for method in methods
+    }
+    training = _rows(paths, "pretrain", "history.csv", methods, seeds)
+    severity = _rows(paths, "robustness", "scores.csv", methods, seeds)
+    table = comparison(cells, references)
+    with output_folder(paths.report) as folder:
+        _write(folder / "training.csv", training)
+        _write(folder / "severity.csv", severity)
+        figures = _figures(params, paths, training, severity, references["bits_per_character"])
+        for name, figure in figures.items():
+            plots.save(figure, folder / f"{name}.png", params.report.dpi)
+        (folder / "report.md").write_text(_text(params, table, list(figures)), encoding="utf-8")
+    run.artifact(paths.report)
+    table.show()
+    print(f"Report: {paths.report / 'report.md'}\nCompare the runs in the browser: vqmoe ui")
+    return {}
+
+
+def _figures(
+    params: SimpleNamespace, paths: Paths, training: list[dict[str, Any]], severity: list[dict[str, Any]],
+    references: dict[str, float],
+) -> dict[str, Any]:
+    methods, seeds = params.grid.methods, params.grid.seeds
+
+    def by_seed(rows: list[dict[str, Any]], method: str, **wanted: str) -> list[list[dict[str, float]]]:
+        return [
+            [row for row in rows if (row["method"], row["seed"]) == (method, seed) and all(row[k] == v for k, v in wanted.items())]
+            for seed in seeds
+        ]
+
+    compressors = {name: references[name] for name in ("gzip", "bz2", "xz")}
+    figures = {"training": plots.training_curves({m: by_seed(training, m) for m in methods}, compressors)}
+    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in severity) if kind not in ("clean", "shift")]
+    titles = {
+        "warmed-up": ("bits per character", "Language model under noise, in the mode of inference"),
+        "classifier": ("accuracy", "Classifier under noise"),
+    }
+    for model, (ylabel, title) in titles.items():
+        curves = {
+            kind: {
+                method: [
+                    clean + noisy for clean, noisy in zip(
+                        by_seed(severity, method, model=model, kind="clean"),
+                        by_seed(severity, method, model=model, kind=kind), strict=True,
+                    )
+                ]
+                for method in methods
+            }
+            for kind in kinds
+        }
+        figures[f"robustness-{model}"] = plots.severity_curves(curves, ylabel, title)
+    load = _rows(paths, "robustness", "load.csv", methods, seeds[:1])
+    for what in ("expert", "code"):
+        if shares := _shares(load, what):
+            figures[f"{what}-load"] = plots.share_maps(shares, what)
+    return figures
+
+
+def _shares(load: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
+    """Share of tokens (layers, experts or codes) for each method and mode, of the first seed."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in load:
+        if row["what"] == what:
+            panel = found.setdefault(f"{row['method']}, {row['model']}, mode {row['mode']}", {})
+            panel.setdefault(int(row["layer"]), []).append(row["share"])
+    return {name: np.array([panel[layer] for layer in sorted(panel)]) for name, panel in found.items()}
+
+
+def _rows(paths: Paths, stage: str, file: str, methods: tuple[str, ...], seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The rows of every cell's CSV, with method and seed; numbers as numbers."""
+    rows = []
+    for method in methods:
+        for seed in seeds:
+            path = paths.output(stage, Cell(method, seed)) / file
+            try:
+                with open(path, newline="", encoding="utf-8") as handle:
+                    rows += [{"method": method, "seed": seed} | {k: _number(v) for k, v in row.items()} for row in csv.DictReader(handle)]
+            except FileNotFoundError:
+                raise Failure(f"{path}: not found; {REMEDY}") from None
+    return rows
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
+    seeds = ", ".join(map(str, params.grid.seeds))
+    caution = (
+        "One seed: no interval can be given, and small differences say nothing."
+        if len(params.grid.seeds) == 1 else "Mean +/- standard deviation over seeds."
+    )
+    lines = [
+        "# Report", "",
+        f"Corpus {params.data.corpus}, view {params.data.view}, task {params.data.task}, seeds {seeds}. {caution}", "",
+        table.markdown(), "",
+        "bpc: bits per character on the test split, lower is better; `bpc discrete` is the same pre-trained model with the "
+        "discrete path alone; `bpc warmed up` is on the fine-tuning domain's validation texts after warm-up, in the mode of "
+        "inference. Noise columns are means over all corruptions and severities, `consistency` the share of experts that noise "
+        "leaves unchanged. Data of the plots: training.csv, severity.csv.", "",
+        *(f"![{name}]({name}.png)" for name in figures), "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""Language model and classifier on noisy text and on a shifted view, with routing clean against noisy."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from pipeline.data.batches import encode_examples, open_tokens, segments
+from pipeline.data.corruption import alphabet
+from pipeline.data.tasks import Task, read_task
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.evaluation.robustness import (
+    Noise, accuracy, bits, bits_degradation, classifier_trace, consistency, language_trace, texts,
+)
+from pipeline.files import output_folder
+from pipeline.models.heads import Classifier
+from pipeline.models.transformer import Transformer
+from pipeline.moe.layer import Mode
+from pipeline.progress import Progress
+from pipeline.training import checkpoint
+from pipeline.training.validation import RoutingTally, bits_per_character
+from stages.finetune import classifier
+from stages.paths import Cell, Paths
+from stages.pretrain import language_model
+
+Row = dict[str, str | float]
+
+
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+    """Writes scores.csv (a row per model, corruption and severity) and load.csv; returns means over the corruptions.
+
+    Models: `pretrained` is the language model in its training mode, `warmed-up` the one after warm-up in the mode of
+    inference, `classifier` the fine-tuned one. Degradation is positive when noise hurts, in bits per character or in
+    shares of accuracy.
+    """
+    tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
+    task = read_task(paths.data / "task.jsonl")
+    spec = language_model(params, cell, tokenizer.size)
+    language_models = {
+        name: checkpoint.load(paths.output(stage, cell), spec) for name, stage in (("pretrained", "pretrain"), ("warmed-up", "warmup"))
+    }
+    tuned = checkpoint.load(paths.output("finetune", cell), classifier(params, cell, tokenizer.size, task))
+    symbols = alphabet(params.data.view)
+    noises = [Noise(kind, rate, cell.seed, symbols) for kind in params.robustness.kinds for rate in params.robustness.rates]
+    scores: list[Row] = []
+    load: list[Row] = []
+    with Progress(f"robustness {cell.name}", total=3 * len(noises), unit="test") as progress:
+        for name, model in language_models.items():
+            mode = model.train_mode if name == "pretrained" else model.infer_mode
+            rows, shares = _language(model, mode, noises, params, paths, tokenizer.pad, progress)
+            scores += [{"model": name, "mode": mode} | row for row in rows]
+            load += [{"model": name, "mode": mode} | row for row in shares]
+        rows = _classifier(tuned, noises, params, task, tokenizer, progress)
+        scores += [{"model": "classifier", "mode": tuned.backbone.infer_mode} | row for row in rows]
+    for row in scores:
+        if row["kind"] in params.robustness.kinds:
+            values = {f"{row['model']}/{row['kind']}/{name}": row[name] for name in ("score", "degradation", "consistency")}
+            # The x axis of an MLflow chart is the step: severity in tenths of a percent.
+            run.log(values, step=round(1000 * row["rate"]))
+    with output_folder(paths.output("robustness", cell)) as folder:
+        _write(folder / "scores.csv", scores)
+        _write(folder / "load.csv", load)
+    return {name: _summary([row for row in scores if row["model"] == name]) for name in (*language_models, "classifier")}
+
+
+def _language(
+    model: Transformer, mode: Mode, noises: list[Noise], params: SimpleNamespace, paths: Paths, pad: int, progress: Progress
+) -> tuple[list[Row], list[Row]]:
+    context, limit = params.model.context, params.robustness.segments
+    clean_segments = segments(open_tokens(paths.data / "test.npy"), context, limit)
+    inputs = clean_segments[:, :-1]
+    clean = language_trace(model, texts(inputs, context, pad), clean_segments, mode)
+    rows: list[Row] = [_row("clean", 0.0, bits(clean), 0.0, 1.0)]
+    for noise in noises:
+        given = texts(inputs, context, pad, noise)
+        noisy = language_trace(model, given, clean_segments, mode)
+        rows.append(_row(
+            noise.kind, noise.rate, bits(noisy), bits_degradation(clean, noisy, given.source_ST),
+            consistency(clean, noisy, given.source_ST),
+        ))
+        progress.advance()
+    if (paths.data / "raw.npy").exists():
+        shifted = bits_per_character(model, segments(open_tokens(paths.data / "raw.npy"), context, limit), mode)
+        rows.append(_row("shift", 1.0, shifted, shifted - bits(clean), None))
+    tally = RoutingTally(model)
+    bits_per_character(model, clean_segments, mode, watch=tally)
+    shares: list[Row] = []
+    for what, layers in (("expert", tally.expert_shares()), ("code", tally.code_shares())):
+        for layer, share in enumerate(layers):
+            shares += [{"what": what, "layer": layer, "index": i, "share": s} for i, s in enumerate(share.tolist())]
+    return rows, shares
+
+
+def _classifier(
+    model: Classifier, noises: list[Noise], params: SimpleNamespace, task: Task, tokenizer: Tokenizer, progress: Progress
+) -> list[Row]:
+    context, mode = params.model.context, model.backbone.infer_mode
+    chosen = np.unique(np.linspace(0, len(task.splits["test"]) - 1, params.robustness.passages).astype(int))
+    passages = [task.splits["test"][i] for i in chosen]
+    encoded = encode_examples(passages, task.labels, tokenizer, params.data.view, context)
+    labels_P = torch.as_tensor(encoded.labels)
+    clean = classifier_trace(model, texts(encoded.ids, context, tokenizer.pad), mode)
+    reference = accuracy(clean, labels_P)
+    rows: list[Row] = [_row("clean", 0.0, reference, 0.0, 1.0)]
+    for noise in noises:
+        given = texts(encoded.ids, context, tokenizer.pad, noise)
+        noisy = classifier_trace(model, given, mode)
+        score = accuracy(noisy, labels_P)
+        rows.append(_row(noise.kind, noise.rate, score, reference - score, consistency(clean, noisy, given.source_ST)))
+        progress.advance()
+    if params.data.view == "text27":
+        raw = encode_examples(passages, task.labels, tokenizer, "bytes", context)
+        score = accuracy(classifier_trace(model, texts(raw.ids, context, tokenizer.pad), mode), labels_P)
+        rows.append(_row("shift", 1.0, score, reference - score, None))
+    return rows
+
+
+def _row(kind: str, rate: float, score: float, degradation: float, same: float | None) -> Row:
+    return {"kind": kind, "rate": rate, "score": score, "degradation": degradation, "consistency": same}
+
+
+def _summary(rows: list[Row]) -> dict[str, float]:
+    """Clean score, and means over corruptions and severities (the shift stands alone)."""
+    noisy = [row for row in rows if row["kind"] not in ("clean", "shift")]
+    result = {"clean": rows[0]["score"]}
+    result |= {name: float(np.mean([row[name] for row in noisy])) for name in ("score", "degradation", "consistency")}
+    return result | {"shift": row["degradation"] for row in rows if row["kind"] == "shift"}
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,74 @@
+"""Codebook warm-up on the fine-tuning domain, backbone frozen; a method with a router warms up its router instead."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from pipeline.data.batches import segments
+from pipeline.data.corpora import view
+from pipeline.data.tasks import read_task
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.files import output_folder
+from pipeline.models.transformer import Transformer
+from pipeline.training import checkpoint
+from pipeline.training.history import write_history
+from pipeline.training.loop import fit
+from pipeline.training.objectives import language_objective
+from pipeline.training.optim import adam
+from pipeline.training.seeding import seed_everything
+from pipeline.training.validation import RoutingTally, bits_per_character
+from stages.paths import Cell, Paths
+from stages.pretrain import language_model
+
+
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+    """Returns metrics before and after on the domain's validation texts: bits per character, load, codebook measures."""
+    context, settings = params.model.context, params.warmup
+    tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
+    task = read_task(paths.data / "task.jsonl")
+    tokens = {
+        split: tokenizer.encode(" ".join(view(example.text, params.data.view) for example in task.splits[split]))
+        for split in ("train", "valid")
+    }
+    valid = segments(tokens["valid"], context, limit=max(1, settings.validate_tokens // context))
+    seed_everything(cell.seed, "warmup")
+    spec = language_model(params, cell, tokenizer.size)
+    model = checkpoint.load(paths.output("pretrain", cell), spec)
+    mode = model.infer_mode
+    before = _measure(model, valid)
+    _repair(model, segments(tokens["train"], context, limit=max(1, settings.kmeans_tokens // context)))
+    # What learns is what the mixture layers use in this mode: assignment and experts, the same for every method.
+    model.requires_grad_(False)
+    learned = [p for layer in model.moe_layers for p in (*layer.assignment_parameters(), *layer.experts.parameters())]
+    for parameter in learned:
+        parameter.requires_grad_(True)
+    fitted = fit(
+        model, adam(learned, settings.learning_rate), settings,
+        objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
+        validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
+        score="bpc", log=run.log, label=f"warmup {cell.name}",
+    )
+    after = _measure(model, valid)
+    with output_folder(paths.output("warmup", cell)) as folder:
+        checkpoint.save(folder, model, spec)
+        write_history(folder / "history.csv", fitted.history)
+    return {"best_step": fitted.best_step, "before": before, "after": after}
+
+
+def _measure(model: Transformer, valid: np.ndarray) -> dict[str, float]:
+    tally = RoutingTally(model)
+    bpc = bits_per_character(model, valid, model.infer_mode, watch=tally)
+    return {"bpc": bpc} | tally.summary()
+
+
+def _repair(model: Transformer, texts: np.ndarray) -> None:
+    """Fit each layer's codebook to the domain's hidden states, first layer first: a layer's states depend on those below."""
+    for layer in model.moe_layers:
+        if not hasattr(layer, "quantizer"):
+            continue
+        states: list[torch.Tensor] = []
+        hook = layer.quantizer.register_forward_pre_hook(lambda module, inputs, states=states: states.append(inputs[0]))
+        bits_per_character(model, texts, model.infer_mode)
+        hook.remove()
+        layer.quantizer.repair(torch.cat(states))
