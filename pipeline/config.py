@@ -102,7 +102,9 @@ class Warmup(Training):
 
 
 class Finetune(Training):
+    validate_passages: Count
     weight_decay: Annotated[float, Field(ge=0)]
+    pooling: Literal["last", "mean"]
     head_dropout: Share
     scratch: bool
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score
 from torch import Tensor
 
-from pipeline.data.batches import Examples, encode_examples
+from pipeline.data.batches import Examples, encode_examples, spaced
 from pipeline.data.tasks import Task, read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.files import output_folder
@@ -29,7 +29,8 @@ def classifier(params: SimpleNamespace, cell: Cell, vocabulary: int, task: Task)
     """The description of this experiment's classifier, which `robustness` expects to find."""
     spec = language_model(params, cell, vocabulary)
     return spec.model_copy(update={
-        "kind": "classifier", "labels": task.labels, "head_dropout": params.finetune.head_dropout,
+        "kind": "classifier", "labels": task.labels,
+        "pooling": params.finetune.pooling, "head_dropout": params.finetune.head_dropout,
     })
 
 
@@ -37,9 +38,10 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa
     """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token of both phases."""
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
+    chosen = task.splits | {"valid": spaced(task.splits["valid"], params.finetune.validate_passages)}
     examples = {
-        split: encode_examples(task.splits[split], task.labels, tokenizer, params.data.view, params.model.context)
-        for split in task.splits
+        split: encode_examples(passages, task.labels, tokenizer, params.data.view, params.model.context)
+        for split, passages in chosen.items()
     }
     spec = classifier(params, cell, tokenizer.size, task)
     seed_everything(cell.seed, "finetune")

@@ -17,16 +17,21 @@ SECTIONS = {
     "report": ("grid", "data", "report"),
 }
 
-# Code each stage depends on beside its own file, stages/paths.py and pipeline/{config,errors,files,progress}.py.
+# Code each stage depends on. Not among it: cli.py, stages/execute.py and pipeline/tracking, which start a stage and
+# record it but have no part in its results.
+COMMON_CODE = ("pipeline/errors.py", "pipeline/files.py", "stages/paths.py")
+_TRAINING = (
+    "pipeline/config.py", "pipeline/progress.py", "pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training",
+    "stages/pretrain.py",
+)
 CODE = {
-    "prepare": ("pipeline/data",),
-    "pretrain": ("pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training"),
-    "warmup": ("pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training"),
-    "finetune": ("pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training"),
-    "robustness": ("pipeline/data", "pipeline/evaluation", "pipeline/models", "pipeline/moe", "pipeline/training"),
-    "report": ("pipeline/evaluation",),
+    "prepare": ("pipeline/progress.py", "pipeline/data", "stages/prepare.py"),
+    "pretrain": _TRAINING,
+    "warmup": (*_TRAINING, "stages/warmup.py"),
+    "finetune": (*_TRAINING, "stages/finetune.py"),
+    "robustness": (*_TRAINING, "pipeline/evaluation", "stages/finetune.py", "stages/robustness.py"),
+    "report": ("pipeline/evaluation", "stages/report.py"),
 }
-
 
 # Grid stages whose models a grid stage reads.
 UPSTREAM = {

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from pipeline.data.batches import encode_examples, open_tokens, segments
+from pipeline.data.batches import encode_examples, open_tokens, segments, spaced
 from pipeline.data.corruption import alphabet
 from pipeline.data.tasks import Task, read_task
 from pipeline.data.tokenizers import Tokenizer
@@ -97,8 +97,7 @@ def _classifier(
     model: Classifier, noises: list[Noise], params: SimpleNamespace, task: Task, tokenizer: Tokenizer, progress: Progress
 ) -> list[Row]:
     context, mode = params.model.context, model.backbone.infer_mode
-    chosen = np.unique(np.linspace(0, len(task.splits["test"]) - 1, params.robustness.passages).astype(int))
-    passages = [task.splits["test"][i] for i in chosen]
+    passages = spaced(task.splits["test"], params.robustness.passages)
     encoded = encode_examples(passages, task.labels, tokenizer, params.data.view, context)
     labels_P = torch.as_tensor(encoded.labels)
     clean = classifier_trace(model, texts(encoded.ids, context, tokenizer.pad), mode)

@@ -61,6 +61,11 @@ def segments(tokens: np.ndarray, context: int, limit: int | None = None) -> np.n
     return np.stack([tokens[start : start + context + 1] for start in starts])
 
 
+def spaced(examples: Sequence[Example], limit: int) -> list[Example]:
+    """At most `limit` examples, evenly spaced over all."""
+    return [examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, limit).astype(int))]
+
+
 def encode_examples(
     examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, view_name: str, length: int
 ) -> Examples:

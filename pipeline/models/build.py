@@ -13,7 +13,10 @@ from pipeline.moe.routers.base import Settings
 
 
 class Spec(BaseModel):
-    """Everything needed to build a model; stored beside its weights and compared when they are loaded."""
+    """Everything needed to build a model; stored beside its weights and compared when they are loaded.
+
+    The last three describe a classifier's head; a language model has none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,8 +25,9 @@ class Spec(BaseModel):
     settings: Any
     model: Model
     vocabulary: int
-    labels: tuple[str, ...] = ()
-    head_dropout: float = 0.0
+    labels: tuple[str, ...] | None = None
+    pooling: Literal["last", "mean"] | None = None
+    head_dropout: float | None = None
 
     @field_validator("settings")
     @classmethod
@@ -34,10 +38,14 @@ class Spec(BaseModel):
     def _plain(self, value: Settings) -> dict[str, Any]:
         return value.model_dump()
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON values, without what does not apply."""
+        return self.model_dump(mode="json", exclude_none=True)
+
 
 def build(spec: Spec) -> nn.Module:
     """A language model or a classifier with fresh weights from torch's generator."""
     backbone = Transformer(spec.model, spec.method, spec.settings, spec.vocabulary)
     if spec.kind == "language-model":
         return backbone
-    return Classifier(backbone, len(spec.labels), spec.head_dropout)
+    return Classifier(backbone, len(spec.labels), spec.pooling, spec.head_dropout)

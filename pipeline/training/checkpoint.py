@@ -18,7 +18,7 @@ REMEDY = "run the stage that makes it again (`dvc repro`)"
 def save(folder: Path, model: nn.Module, spec: Spec) -> None:
     """Write the model into an existing folder; the same weights give the same bytes."""
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    text = json.dumps(spec.model_dump(mode="json"), indent=2, sort_keys=True)
+    text = json.dumps(spec.plain(), indent=2, sort_keys=True)
     (folder / "model.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -28,7 +28,7 @@ def load(folder: Path, spec: Spec) -> nn.Module:
     Raises Failure with one line if a file is missing or damaged, or was written for another configuration than `spec`.
     """
     path = folder / "model.json"
-    found, wanted = read_json(path, REMEDY), spec.model_dump(mode="json")
+    found, wanted = read_json(path, REMEDY), spec.plain()
     if not isinstance(found, dict):
         raise Failure(f"{path}: holds {type(found).__name__}, expected a model's description; {REMEDY}")
     found, wanted = flat(found), flat(wanted)

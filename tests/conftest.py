@@ -1,0 +1,66 @@
+"""A tiny experiment, whole but quick: for stages and the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import config
+from pipeline.moe.layer import SETTINGS
+
+REPOSITORY = Path(__file__).parent.parent
+
+TINY = (
+    "model.layers=2", "model.width=16", "model.heads=2", "model.experts=4", "model.expert_width=16", "model.context=32",
+    "methods.vqmoe.codes=4", "prepare.passage=60", "prepare.vocabulary=500",
+    "pretrain.steps=12", "pretrain.batch=4", "pretrain.validate_every=6", "pretrain.validate_tokens=512",
+    "warmup.steps=4", "warmup.batch=4", "warmup.validate_every=2", "warmup.validate_tokens=512", "warmup.kmeans_tokens=512",
+    "finetune.steps=4", "finetune.batch=4", "finetune.validate_every=2", "finetune.validate_passages=8",
+    "robustness.segments=4", "robustness.passages=8", "robustness.rates=[0.05, 0.2]", "report.dpi=60",
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    """No server, root folder or run of the caller's environment reaches a test."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def tiny_params():
+    """A function from overrides to the params of the tiny experiment."""
+    return lambda *overrides: config.load(REPOSITORY / "params.yaml", SETTINGS, (*TINY, *overrides))
+
+
+@pytest.fixture
+def corpus_folder(tmp_path):
+    """A folder corpus with learnable text: counting sentences, different in each split."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    for offset, (split, count) in enumerate({"train": 400, "valid": 60, "test": 60}.items()):
+        sentences = [f"{words[(i + offset) % 10]} follows {words[(i * 3) % 10]} {words[(i * 7) % 10]}." for i in range(count)]
+        (folder / f"{split}.txt").write_text(" ".join(sentences), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    path = tmp_path / "task.csv"
+    lines = ["text,label,split"]
+    for split, count in (("train", 24), ("valid", 8), ("test", 12)):
+        lines += [f"{'alpha beta gamma' if i % 2 else 'zeta eta theta'} number {i},{'first' if i % 2 else 'second'},{split}" for i in range(count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_overrides(corpus_folder, task_file):
+    """Overrides that make the default experiment tiny, on its own corpus and task."""
+    return (*TINY, f"data.corpus={corpus_folder}", f"data.task={task_file}")
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.batches import (
+    Examples, encode_examples, example_batch, open_tokens, padded, segments, spaced, token_batch, write_tokens,
+)
+from pipeline.data.tasks import Example
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.errors import Failure
+
+
+def test_tokens_are_mapped_not_loaded(tmp_path):
+    write_tokens(tmp_path / "t.npy", np.arange(1000))
+    tokens = open_tokens(tmp_path / "t.npy")
+    assert isinstance(tokens, np.memmap)
+    assert tokens[999] == 999
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(b"something else"),
+    lambda path: np.save(path, np.zeros((2, 2))),
+    lambda path: path.unlink(),
+])
+def test_damaged_token_files(tmp_path, damage):
+    path = tmp_path / "t.npy"
+    write_tokens(path, np.arange(1000))
+    damage(path)
+    with pytest.raises(Failure, match=r"t\.npy: .*run `vqmoe prepare`") as caught:
+        open_tokens(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_depends_on_seed_and_step_only():
+    tokens = np.arange(500, dtype=np.uint16)
+    one = token_batch(tokens, 4, 16, seed=0, step=3)
+    assert torch.equal(one, token_batch(tokens, 4, 16, seed=0, step=3))
+    assert not torch.equal(one, token_batch(tokens, 4, 16, seed=0, step=4))
+    assert not torch.equal(one, token_batch(tokens, 4, 16, seed=1, step=3))
+    assert one.shape == (4, 17)
+    assert (one[:, 1:] - one[:, :-1] == 1).all()
+
+
+def test_every_start_can_be_drawn():
+    starts = {int(row[0]) for step in range(40) for row in token_batch(np.arange(20, dtype=np.uint16), 16, 10, 0, step)}
+    assert starts == set(range(10))
+
+
+def test_segments_predict_every_token_but_the_first_once():
+    tokens = np.arange(101)
+    parts = segments(tokens, 20)
+    assert np.concatenate(parts[:, 1:]).tolist() == list(range(1, 101))
+    few = segments(tokens, 20, limit=2)
+    assert few[:, 0].tolist() == [0, 80]
+    with pytest.raises(Failure, match="a split has 20 tokens, one segment needs 21"):
+        segments(tokens[:20], 20)
+
+
+def test_examples_are_cut_viewed_and_shuffled_in_epochs():
+    examples = encode_examples([Example("ABC 1", "x"), Example("!!!", "y")], ["x", "y"], Tokenizer.bytes(), "text27", 5)
+    assert [bytes(ids.tolist()).decode() for ids in examples.ids] == ["abc o", " "]
+    assert examples.labels.tolist() == [0, 1]
+    many = Examples([np.array([i]) for i in range(10)], np.arange(10))
+    epochs = [[int(i) for step in range(first, first + 5) for i in example_batch(many, 2, 0, step)[1]] for first in (1, 6)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1]
+    # A batch across the border of two epochs has the end of one and the start of the next.
+    order = [int(i) for step in (1, 2, 3) for i in example_batch(many, 4, 0, step)[1]]
+    assert order[:10] == epochs[0]
+    assert order[10:] == epochs[1][:2]
+
+
+def test_spaced_examples_reach_both_ends_without_repeats():
+    many = [Example(str(i), "x") for i in range(10)]
+    assert [example.text for example in spaced(many, 4)] == ["0", "3", "6", "9"]
+    assert spaced(many, 50) == many
+
+
+def test_padding_is_on_the_right():
+    tokens_BT, lengths_B = padded([np.array([1, 2, 3]), np.array([4])], 9)
+    assert tokens_BT.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert lengths_B.tolist() == [3, 1]

@@ -1,0 +1,31 @@
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.data.references import compressors, tfidf, unigram_entropy
+from pipeline.data.tasks import Example, Task
+
+
+def test_entropy_and_compressors():
+    assert unigram_entropy(np.array([0, 1, 2, 3] * 10)) == pytest.approx(2.0)
+    data = bytes(np.random.default_rng(0).integers(0, 2, 40_000, dtype=np.uint8))
+    for name, bits in compressors(data).items():
+        assert 0.99 < bits < 2.1, name
+    assert compressors(b"a" * 100_000)["xz"] < 0.1
+
+
+def test_tfidf_learns_what_can_be_learnt_and_repeats():
+    rng = np.random.default_rng(0)
+    words = {"a": ["tea", "milk", "cup"], "b": ["oil", "gas", "car"]}
+
+    def examples(count):
+        return [Example(" ".join(rng.choice([*words[label], "the", "of"], 12)), label) for label in "ab" for _ in range(count)]
+
+    task = Task(("a", "b"), {"train": examples(40), "valid": examples(5), "test": [*examples(20), Example("tea", "b")]})
+    scores = tfidf(task, 100, "text27")
+    assert scores["accuracy"] == pytest.approx(40 / 41)
+    assert 0.9 < scores["macro_f1"] < 1
+    assert scores["majority"] in (pytest.approx(20 / 41), pytest.approx(21 / 41))
+    assert tfidf(task, 100, "text27") == scores
+    assert math.isfinite(scores["accuracy"])

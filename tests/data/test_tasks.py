@@ -1,0 +1,71 @@
+import pytest
+
+from pipeline.data.corpora import SPLITS, Document, load_corpus
+from pipeline.data.tasks import load_task, passages, read_task, write_task
+from pipeline.errors import Failure, UsageError
+from tests.conftest import REPOSITORY
+
+
+def test_passages_are_whole_sentences_and_lose_nothing():
+    text = " ".join(f"Sentence number {i} is here." for i in range(40)) + " " + "word " * 100 + "end. Short."
+    parts = passages(text, 120)
+    assert " ".join(parts).split() == text.split()
+    assert all(120 <= len(part) <= 3 * 120 for part in parts[:-1])
+    assert 30 <= len(parts[-1]) <= 3 * 120
+    assert parts[0].endswith(".")
+    assert passages("Tiny.", 120) == ["Tiny."]
+    assert passages("x" * 500, 100) == ["x" * 200, "x" * 200, "x" * 100]
+
+
+def test_the_era_task_keeps_splits_apart():
+    corpus = load_corpus("sotu", REPOSITORY)
+    task = load_task("era", corpus, REPOSITORY, 480)
+    assert task.labels == ("1790-1829", "1830-1869", "1870-1909", "1910-1949", "1950-1989", "1990-2029")
+    assert all({example.label for example in task.splits[split]} == set(task.labels) for split in ("train", "test"))
+    texts = {split: {example.text for example in task.splits[split]} for split in SPLITS}
+    assert len(texts["train"] & texts["test"]) <= 1
+    assert sum(len(task.splits[split]) for split in SPLITS) > 15_000
+
+
+def test_round_trip(tmp_path, task_file):
+    task = load_task(str(task_file), {}, tmp_path, 0)
+    assert task.labels == ("first", "second")
+    write_task(tmp_path / "task.jsonl", task)
+    assert read_task(tmp_path / "task.jsonl") == task
+
+
+def test_json_lines_with_integer_labels(tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(
+        f'{{"text": "a, \\"b\\"", "label": {label}, "split": "{split}"}}\n' for split in SPLITS for label in (0, 1)
+    ))
+    assert load_task("t.jsonl", {}, tmp_path, 0).labels == ("0", "1")
+
+
+HEAD = "text,label,split\na,x,train\nb,y,train\nc,x,valid\n"
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (HEAD + "d,z,test\n", r"line 5: label 'z' is in test but never in train"),
+    (HEAD, "the test split is empty"),
+    (HEAD + " ,x,test\n", "line 5: the text is empty"),
+    (HEAD + "d,x\n", "line 5: no field 'split'"),
+    (HEAD + "d,x,dev\n", "line 5: split is 'dev'"),
+    ("text,split\na,train\n", "line 2: no field 'label'"),
+    ("text,label,split\na,x,train\nc,x,valid\nd,x,test\n", "one label 'x'"),
+    ("", "the train split is empty"),
+])
+def test_bad_tasks_are_one_line(tmp_path, content, words):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(Failure, match=words) as caught:
+        load_task("t.csv", {}, tmp_path, 0)
+    assert "\n" not in str(caught.value)
+    assert "t.csv" in str(caught.value)
+
+
+def test_names_and_corpora_that_do_not_fit(tmp_path):
+    with pytest.raises(UsageError, match=r"data\.task is 'eras': neither era nor an existing path"):
+        load_task("eras", {}, tmp_path, 0)
+    with pytest.raises(UsageError, match="documents without a year"):
+        load_task("era", {split: [Document("d", "text")] for split in SPLITS}, tmp_path, 100)
+    with pytest.raises(Failure, match="run `vqmoe prepare` again"):
+        read_task(tmp_path / "task.jsonl")

@@ -1,0 +1,43 @@
+import torch
+
+from pipeline.moe.dispatch import apply_experts
+from pipeline.moe.experts import Experts
+from tests.moe.reference import expert
+
+
+def _naive(experts, x, index_NK):
+    inputs = x if x.dim() == 3 else x[:, None].expand(-1, index_NK.shape[1], -1)
+    return torch.stack([
+        torch.stack([expert(experts, int(e), inputs[n, k]) for k, e in enumerate(row)]) for n, row in enumerate(index_NK)
+    ])
+
+
+def test_one_input_per_token_and_one_per_assignment():
+    torch.manual_seed(0)
+    experts = Experts(5, 8, 12)
+    torch.nn.init.normal_(experts.b1_EH)
+    index_NK = torch.randint(4, (17, 3))  # expert 4 stays empty
+    for x in (torch.randn(17, 8), torch.randn(17, 3, 8)):
+        torch.testing.assert_close(apply_experts(experts, x, index_NK), _naive(experts, x, index_NK), atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_of_an_empty_expert_is_zero_and_bits_repeat():
+    torch.manual_seed(0)
+    experts = Experts(5, 8, 12)
+    x_ND, index_NK = torch.randn(50, 8, requires_grad=True), torch.randint(4, (50, 2))
+    grads = []
+    for _ in range(2):
+        apply_experts(experts, x_ND, index_NK).square().sum().backward()
+        grads.append([parameter.grad for parameter in (x_ND, *experts.parameters())])
+        experts.zero_grad()
+        x_ND.grad = None
+    assert not grads[0][1][4].any()
+    assert grads[0][1][:4].any()
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_permuting_tokens_permutes_results():
+    torch.manual_seed(0)
+    experts = Experts(4, 8, 12)
+    x_ND, index_NK, order = torch.randn(20, 8), torch.randint(4, (20, 2)), torch.randperm(20)
+    torch.testing.assert_close(apply_experts(experts, x_ND[order], index_NK[order]), apply_experts(experts, x_ND, index_NK)[order])

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from pipeline.moe.losses import balance_loss, codebook_loss, commitment_loss
+
+
+def test_balance_is_exactly_one_when_uniform():
+    probs_NE = torch.full((8, 4), 0.25)
+    index_NK = torch.arange(8)[:, None] % 4
+    assert balance_loss(probs_NE=probs_NE, index_NK=index_NK).item() == 1.0
+
+
+def test_balance_grows_with_imbalance_up_to_the_number_of_experts():
+    values = []
+    for sharpness in (0.0, 1.0, 3.0, 30.0):
+        probs_NE = (sharpness * torch.eye(4)[torch.zeros(8, dtype=torch.long)]).softmax(-1)
+        index_NK = torch.zeros(8, 1, dtype=torch.long) if sharpness else torch.arange(8)[:, None] % 4
+        values.append(balance_loss(probs_NE=probs_NE, index_NK=index_NK).item())
+    assert values == sorted(values)
+    assert values[0] == 1.0
+    assert values[-1] == pytest.approx(4.0, abs=1e-4)
+
+
+def test_balance_against_loops_and_its_gradient_lowers_the_crowded_expert():
+    torch.manual_seed(0)
+    scores_NE = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
+    index_NK = scores_NE.topk(2).indices
+    probs_NE = scores_NE.softmax(-1)
+    naive = 0.0
+    for e in range(5):
+        f = sum(int(i) == e for row in index_NK for i in row) / 60
+        naive += 5 * f * sum(probs_NE[n, e] for n in range(30)) / 30
+    loss = balance_loss(probs_NE=probs_NE, index_NK=index_NK)
+    assert loss.item() == pytest.approx(naive.item(), abs=1e-12)
+    loss.backward()
+    crowded = torch.bincount(index_NK.flatten()).argmax()
+    assert scores_NE.grad[:, crowded].sum() > 0
+
+
+def test_codebook_and_commitment_pull_different_sides():
+    x_ND, value_ND = torch.zeros(3, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True)
+    codebook_loss(x_ND=x_ND, value_ND=value_ND).backward()
+    assert x_ND.grad is None
+    assert torch.allclose(value_ND.grad, torch.full((3, 2), 2 / 6))
+    value_ND.grad = None
+    loss = commitment_loss(x_ND=x_ND, value_ND=value_ND)
+    loss.backward()
+    assert value_ND.grad is None
+    assert torch.allclose(x_ND.grad, torch.full((3, 2), -2 / 6))
+    assert loss.item() == 1.0

@@ -1,0 +1,67 @@
+"""dvc.yaml against stages/paths.py, and both against what the code really imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.paths import CODE, COMMON_CODE, GRID_STAGES, SECTIONS, Cell, Paths
+from tests.conftest import REPOSITORY
+
+STAGES = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+CELL = Cell("${item.method}", "${item.seed}")
+PATHS = Paths(Path(), Path())
+
+
+def _names(entries):
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_inputs_outputs_and_code(stage):
+    declared = STAGES[stage]
+    grid = stage in GRID_STAGES
+    cell = CELL if grid else None
+    assert declared["params"] == [*SECTIONS[stage], *(["methods.${item.method}"] if grid else [])]
+    assert (declared.get("matrix") == {"method": "${grid.methods}", "seed": "${grid.seeds}"}) is grid
+    embedded = ["data/sotu.jsonl.xz"] if stage == "prepare" else []
+    assert set(declared["deps"]) == {*embedded, *map(str, PATHS.inputs(stage, cell)), *COMMON_CODE, *CODE[stage]}
+    outputs = [*declared.get("outs", []), *_names(declared.get("metrics", [])), *_names(declared.get("plots", []))]
+    assert outputs == list(map(str, PATHS.outputs(stage, cell)))
+    assert declared["cmd"] == f"PYTHONPATH=. vqmoe {stage}" + (" --method ${item.method} --seed ${item.seed}" if grid else "")
+
+
+def _imported(module: str) -> set[str]:
+    """Files of this repository that importing a module reaches, found without running it."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = REPOSITORY / (name.replace(".", "/") + ".py")
+        if not path.exists():
+            path = REPOSITORY / name.replace(".", "/") / "__init__.py"
+        if not path.exists() or str(path.relative_to(REPOSITORY)) in found:
+            continue
+        found.add(str(path.relative_to(REPOSITORY)))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_imported_file_is_a_dependency_and_every_code_dependency_is_imported(stage):
+    declared = [dep for dep in STAGES[stage]["deps"] if dep.startswith(("pipeline", "stages"))]
+    reached = {file for file in _imported(f"stages.{stage}") if (REPOSITORY / file).stat().st_size}
+    covered = {file for file in reached if any(file == dep or file.startswith(dep + "/") for dep in declared)}
+    assert covered == reached
+    idle = [dep for dep in declared if not any(file == dep or file.startswith(dep + "/") for file in reached)]
+    assert not idle
+
+
+def test_editing_a_plot_trains_nothing():
+    for stage in ("prepare", "pretrain", "warmup", "finetune"):
+        assert "pipeline/evaluation" not in STAGES[stage]["deps"]

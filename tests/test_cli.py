@@ -1,0 +1,215 @@
+"""The command line as a user meets it: whole runs of the tiny experiment, and every bad input as one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from stages.paths import GRID_STAGES
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty repository with the default params; commands run inside it."""
+    root = tmp_path / "repository"
+    (root / "data").mkdir(parents=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(REPOSITORY / name, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def vqmoe(workspace, tiny_overrides):
+    """Run a command; the overrides make the experiment tiny."""
+
+    def call(*arguments, overrides=(), tiny=True):
+        options = [part for override in (*(tiny_overrides if tiny else ()), *overrides) for part in ("-S", override)]
+        return CliRunner().invoke(cli.main, [*arguments, *options])
+
+    return call
+
+
+def assert_one_line(result, code, *parts):
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("vqmoe: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+def no_leftovers(root):
+    return not [path for path in root.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_help_is_instant_and_explains_the_workflow():
+    code = "import sys; from cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nfor heavy in ('torch', 'mlflow', 'pydantic', 'numpy'): assert heavy not in sys.modules, heavy"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prepare > pretrain > warmup > finetune > robustness > report" in done.stdout
+    assert "vqmoe ui" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["vqmoe", "smoe"])
+def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
+    only = ("grid.methods=[" + method + "]",)
+    for stage in ("prepare", *GRID_STAGES, "report"):
+        result = vqmoe(stage, overrides=only)
+        assert result.exit_code == 0, (stage, result.output)
+    for stage in GRID_STAGES:
+        found = json.loads((workspace / f"results/{stage}/{method}-s0.json").read_text())
+        assert found["method"] == method
+        assert len(found["run_id"]) == 32
+    pretrain = json.loads((workspace / f"results/pretrain/{method}-s0.json").read_text())["metrics"]
+    assert ("bpc_discrete" in pretrain["test"]) is (method == "vqmoe")
+    assert 0 < pretrain["test"]["bpc"] < 9
+    warmup = json.loads((workspace / f"results/warmup/{method}-s0.json").read_text())["metrics"]
+    assert warmup["after"]["bpc"] <= warmup["before"]["bpc"] + 0.5
+    assert ("code_utilisation" in warmup["after"]) is (method == "vqmoe")
+    finetune = json.loads((workspace / f"results/finetune/{method}-s0.json").read_text())["metrics"]
+    assert set(finetune["test"]) == set(finetune["scratch"]) == {"nats", "accuracy", "macro_f1"}
+    flops = finetune["flops_per_token"]
+    assert (flops["finetune"] < flops["pretrain"]) is (method == "vqmoe")
+    report = (workspace / "report/report.md").read_text()
+    assert f"| {method} |" in report
+    assert "TF-IDF" in result.output
+    for name in ("training", "robustness-warmed-up", "robustness-classifier", "expert-load"):
+        assert (workspace / f"report/{name}.png").stat().st_size > 5000
+        assert f"]({name}.png)" in report
+    assert (workspace / "report/code-load.png").exists() is (method == "vqmoe")
+    assert no_leftovers(workspace)
+
+
+def test_train_runs_all_stages_in_a_folder_of_its_own_and_the_same_seed_gives_the_same_files(vqmoe, workspace):
+    folders, printed = [], []
+    for name in ("first", "second"):
+        result = vqmoe("train", "--method", "vqmoe", "--seed", "3")
+        assert result.exit_code == 0, result.output
+        printed.append(result.output)
+        (made,) = (workspace / "runs").iterdir()
+        folders.append(made.rename(workspace / name))
+    assert not (workspace / "outputs").exists()
+    assert "test bits per character" in printed[0]
+    assert "vqmoe ui" in printed[0]
+    compared = 0
+    for path in (workspace / "first/outputs").rglob("*"):
+        if path.is_file():
+            other = workspace / "second" / path.relative_to(workspace / "first")
+            assert path.read_bytes() == other.read_bytes(), path
+            compared += 1
+    assert compared > 15
+    from pipeline.tracking import store
+
+    client = store.connect(workspace)
+    found = {e.name: client.search_runs([e.experiment_id]) for e in client.search_experiments() if e.name.startswith("vqmoe/")}
+    assert {name: [run.info.run_name for run in runs] for name, runs in found.items()} == {
+        f"vqmoe/{stage}": ["vqmoe-s3"] * 2 for stage in GRID_STAGES
+    } | {"vqmoe/prepare": ["prepare"] * 2}
+    assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
+    finetune = found["vqmoe/finetune"][0]
+    assert finetune.data.params["method"] == "vqmoe"
+    assert finetune.data.params["model.width"] == "16"
+    upstream = {run.info.run_id for run in found["vqmoe/warmup"]}
+    assert finetune.data.tags["vqmoe.upstream.warmup"] in upstream
+    assert finetune.inputs.dataset_inputs
+
+
+def test_other_seeds_give_other_models(vqmoe, workspace):
+    assert vqmoe("prepare").exit_code == 0
+    for seed in ("0", "1"):
+        assert vqmoe("pretrain", "--method", "smoe", "--seed", seed).exit_code == 0
+    one, other = (workspace / f"outputs/pretrain/smoe-s{seed}/model.safetensors" for seed in (0, 1))
+    assert one.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize(("arguments", "code", "parts"), [
+    (["pretrain", "--method", "nosuch"], 2, ["method 'nosuch'", "vqmoe, smoe"]),
+    (["pretrain", "-S", "pretrain.stepz=1"], 2, ["unknown key pretrain.stepz", "did you mean steps?"]),
+    (["pretrain", "-S", "model.norm=middle"], 2, ["model.norm is 'middle'"]),
+    (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file"]),
+    (["pretrain"], 1, ["outputs/data: not found", "run the stage that makes it first"]),
+    (["report"], 1, ["results/prepare.json: not found"]),
+])
+def test_usage_errors(vqmoe, arguments, code, parts):
+    assert_one_line(vqmoe(*arguments), code, *parts)
+
+
+def test_unknown_options_and_commands_are_clicks_own(vqmoe):
+    assert vqmoe("pretrain", "--learning-rate", "1").exit_code == 2
+    assert vqmoe("no-such-stage", tiny=False).exit_code == 2
+
+
+@pytest.mark.parametrize(("name", "content", "parts"), [
+    ("corpus/valid.txt", None, ["valid.txt: not found"]),
+    ("corpus/test.txt", b"", ["the test split is empty"]),
+    ("corpus/train.txt", b"abc\xff", ["train.txt: not UTF-8 at byte 3"]),
+    ("corpus/valid.txt", b"too short", ["a split has", "lower model.context"]),
+    ("task.csv", b"text,label,split\na,x,train\nb,y,train\nc,x,valid\nd,z,test\n", ["label 'z' is in test but never in train"]),
+])
+def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
+    path = tmp_path / name
+    path.unlink() if content is None else path.write_bytes(content)
+    result = vqmoe("prepare")
+    if result.exit_code == 0:
+        result = vqmoe("pretrain")
+        assert not list(workspace.glob("outputs/pretrain/*"))
+    else:
+        assert not (workspace / "outputs/data").exists()
+    assert_one_line(result, 1, *parts)
+    assert no_leftovers(workspace)
+
+
+def test_a_failed_stage_is_recorded_as_failed(vqmoe, workspace):
+    assert vqmoe("prepare").exit_code == 0
+    assert_one_line(vqmoe("pretrain", overrides=["pretrain.learning_rate=1e30", "pretrain.clip=1e30"]), 1, "at step", "lower learning_rate")
+    assert not (workspace / "outputs/pretrain").exists() or not list((workspace / "outputs/pretrain").iterdir())
+    from pipeline.tracking import store
+
+    client = store.connect(workspace)
+    (run,) = client.search_runs([client.get_experiment_by_name("vqmoe/pretrain").experiment_id])
+    assert run.info.status == "FAILED"
+    assert "at step" in run.data.tags["vqmoe.error"]
+
+
+def test_a_checkpoint_of_another_configuration(vqmoe, workspace):
+    assert vqmoe("prepare").exit_code == 0
+    assert vqmoe("pretrain").exit_code == 0
+    assert_one_line(vqmoe("warmup", overrides=["model.expert_width=24"]), 1, "model.json: model.expert_width is 16 there and 24 in params")
+    weights = workspace / "outputs/pretrain/vqmoe-s0/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert_one_line(vqmoe("warmup"), 1, "model.safetensors: damaged")
+    assert not (workspace / "outputs/warmup").exists() or not list((workspace / "outputs/warmup").iterdir())
+
+
+def test_an_unwritable_output_folder(vqmoe, workspace):
+    # A file where the folder should be cannot be written into by anyone, root included.
+    (workspace / "outputs").write_text("")
+    assert_one_line(vqmoe("prepare"), 1, "outputs/data: cannot be written", "free space or permissions")
+
+
+def test_a_killed_stage_leaves_the_last_good_output(vqmoe, workspace, tiny_overrides):
+    assert vqmoe("prepare").exit_code == 0
+    assert vqmoe("pretrain").exit_code == 0
+    before = (workspace / "outputs/pretrain/vqmoe-s0/model.safetensors").read_bytes()
+    options = [part for override in (*tiny_overrides, "pretrain.steps=100000") for part in ("-S", override)]
+    process = subprocess.Popen([sys.executable, "-c", "from cli import main; main()", "pretrain", *options], cwd=workspace,
+                               env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("pretrain vqmoe-s0"):
+            break
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    assert (workspace / "outputs/pretrain/vqmoe-s0/model.safetensors").read_bytes() == before
+    from pipeline.tracking import store
+
+    client = store.connect(workspace)
+    runs = client.search_runs([client.get_experiment_by_name("vqmoe/pretrain").experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]

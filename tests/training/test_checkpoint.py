@@ -1,0 +1,68 @@
+import json
+
+import pytest
+import torch
+
+from pipeline.errors import Failure
+from pipeline.models.build import Spec, build
+from pipeline.training import checkpoint
+
+
+@pytest.fixture
+def spec(tiny_params):
+    params = tiny_params()
+    return Spec(kind="classifier", method="vqmoe", settings=params.method("vqmoe"), model=params.model, vocabulary=50,
+                labels=("a", "b"), pooling="mean", head_dropout=0.1)
+
+
+@pytest.fixture
+def saved(tmp_path, spec, seeded):
+    model = build(spec)
+    checkpoint.save(tmp_path, model, spec)
+    return tmp_path, model
+
+
+def test_round_trip_gives_identical_scores_and_identical_bytes(saved, spec, tmp_path):
+    folder, model = saved
+    loaded = checkpoint.load(folder, spec)
+    tokens_BT, lengths_B = torch.randint(50, (3, 9)), torch.tensor([9, 4, 1])
+    assert torch.equal(loaded(tokens_BT, lengths_B, "discrete")[0], model.eval()(tokens_BT, lengths_B, "discrete")[0])
+    again = tmp_path / "again"
+    again.mkdir()
+    checkpoint.save(again, loaded, spec)
+    for name in ("model.safetensors", "model.json"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_another_configuration_names_the_key(saved, spec):
+    folder, _ = saved
+    other = spec.model_copy(update={"model": spec.model.model_copy(update={"width": 32})})
+    with pytest.raises(Failure, match=r"model\.json: model\.width is 16 there and 32 in params; run the stage"):
+        checkpoint.load(folder, other)
+    with pytest.raises(Failure, match="labels is"):
+        checkpoint.load(folder, spec.model_copy(update={"labels": ("a", "c")}))
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: not found"),
+    (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7]), "damaged"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b""), "damaged"),
+    (lambda folder: (folder / "model.json").unlink(), "model.json: not found"),
+    (lambda folder: (folder / "model.json").write_text("{"), "cannot be read as JSON"),
+    (lambda folder: (folder / "model.json").write_text("[]"), "holds list"),
+])
+def test_damage_is_one_line(saved, spec, damage, words):
+    folder, _ = saved
+    damage(folder)
+    with pytest.raises(Failure, match=words) as caught:
+        checkpoint.load(folder, spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_named(saved, spec):
+    folder, _ = saved
+    content = json.loads((folder / "model.json").read_text())
+    del content["vocabulary"]
+    (folder / "model.json").write_text(json.dumps(content))
+    with pytest.raises(Failure, match="vocabulary is None there and 50"):
+        checkpoint.load(folder, spec)
