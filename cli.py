@@ -43,9 +43,12 @@ def main() -> None:
 
 
 def _with_params(command: Any) -> Any:
-    command = click.option("-S", "overrides", multiple=True, metavar="section.key=value", help="Override a param; repeatable.")(command)
-    return click.option("--params", "file", default="params.yaml", type=click.Path(path_type=Path), show_default=True,
-                        help="The experiment.")(command)
+    command = click.option("-S", "overrides", multiple=True, metavar="section.key=value", help="Override a param; repeatable.")(
+        command
+    )
+    return click.option(
+        "--params", "file", default="params.yaml", type=click.Path(path_type=Path), show_default=True, help="The experiment."
+    )(command)
 
 
 def _with_cell(command: Any) -> Any:

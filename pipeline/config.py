@@ -12,7 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -174,7 +183,10 @@ class Params(Section):
     def method(self, name: str) -> Any:
         """The settings of one method; a name without a section is an error that lists those that have one."""
         if name not in self.methods:
-            raise UsageError(f"method '{name}' has no section under methods; there are: {', '.join(self.methods)}{_nearest(name, self.methods)}")
+            raise UsageError(
+                f"method '{name}' has no section under methods; there are: "
+                f"{', '.join(self.methods)}{_nearest(name, self.methods)}"
+            )
         return self.methods[name]
 
     def select(self, sections: Iterable[str], method: str | None = None) -> SimpleNamespace:

@@ -28,13 +28,17 @@ from stages.pretrain import language_model
 def classifier(params: SimpleNamespace, cell: Cell, vocabulary: int, task: Task) -> Spec:
     """The description of this experiment's classifier, which `robustness` expects to find."""
     spec = language_model(params, cell, vocabulary)
-    return spec.model_copy(update={
-        "kind": "classifier", "labels": task.labels,
-        "pooling": params.finetune.pooling, "head_dropout": params.finetune.head_dropout,
-    })
+    return spec.model_copy(
+        update={
+            "kind": "classifier",
+            "labels": task.labels,
+            "pooling": params.finetune.pooling,
+            "head_dropout": params.finetune.head_dropout,
+        }
+    )
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
     """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token of both phases."""
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
@@ -74,17 +78,18 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa
 
 
 def _fit(
-    model: Classifier, params: SimpleNamespace, cell: Cell, examples: dict[str, Examples], pad: int, run, phase: str  # noqa: ANN001
+    model: Classifier, params: SimpleNamespace, cell: Cell, examples: dict[str, Examples], pad: int, run, phase: str
 ) -> Fitted:
     settings, mode = params.finetune, model.backbone.infer_mode
     prefix = "" if phase == "finetune" else f"{phase}/"
     return fit(
-        model, adam(model.parameters(), settings.learning_rate, settings.weight_decay), settings,
-        objective=classification_objective(
-            model, examples["train"], batch=settings.batch, seed=cell.seed, pad=pad, mode=mode
-        ),
+        model,
+        adam(model.parameters(), settings.learning_rate, settings.weight_decay),
+        settings,
+        objective=classification_objective(model, examples["train"], batch=settings.batch, seed=cell.seed, pad=pad, mode=mode),
         validate=lambda: _scores(classify(model, examples["valid"].ids, pad, mode), examples["valid"]),
-        score="nats", log=lambda values, step: run.log({prefix + name: value for name, value in values.items()}, step),
+        score="nats",
+        log=lambda values, step: run.log({prefix + name: value for name, value in values.items()}, step),
         label=f"{phase} {cell.name}",
     )
 

@@ -21,7 +21,12 @@ SECTIONS = {
 # record it but have no part in its results.
 COMMON_CODE = ("pipeline/errors.py", "pipeline/files.py", "stages/paths.py")
 _TRAINING = (
-    "pipeline/config.py", "pipeline/progress.py", "pipeline/data", "pipeline/models", "pipeline/moe", "pipeline/training",
+    "pipeline/config.py",
+    "pipeline/progress.py",
+    "pipeline/data",
+    "pipeline/models",
+    "pipeline/moe",
+    "pipeline/training",
     "stages/pretrain.py",
 )
 CODE = {

@@ -12,7 +12,7 @@ from pipeline.progress import Progress
 from stages.paths import Paths
 
 
-def run(params: SimpleNamespace, paths: Paths, run) -> dict:  # noqa: ANN001
+def run(params: SimpleNamespace, paths: Paths, run) -> dict:
     """Returns counts and the references: bits per character of compressors on test, TF-IDF's accuracy."""
     data = params.data
     with Progress("prepare", total=5, unit="step") as progress:
@@ -47,9 +47,18 @@ def run(params: SimpleNamespace, paths: Paths, run) -> dict:  # noqa: ANN001
             tokenizer.save(folder / "tokenizer.json")
             write_task(folder / "task.jsonl", task)
             files = {path.name: digest(path) for path in sorted(folder.iterdir())}
-            write_json(folder / "manifest.json", {
-                "corpus": data.corpus, "view": data.view, "task": data.task, "vocabulary": tokenizer.size,
-                **counts, "labels": labels, "references": references, "sha256": files,
-            })
+            write_json(
+                folder / "manifest.json",
+                {
+                    "corpus": data.corpus,
+                    "view": data.view,
+                    "task": data.task,
+                    "vocabulary": tokenizer.size,
+                    **counts,
+                    "labels": labels,
+                    "references": references,
+                    "sha256": files,
+                },
+            )
         progress.advance()
     return counts | {"references": references}

@@ -19,12 +19,10 @@ from stages.paths import Cell, Paths
 
 def language_model(params: SimpleNamespace, cell: Cell, vocabulary: int) -> Spec:
     """The description of this experiment's language model, which `warmup` and `robustness` expect to find."""
-    return Spec(
-        kind="language-model", method=cell.method, settings=params.method, model=params.model, vocabulary=vocabulary
-    )
+    return Spec(kind="language-model", method=cell.method, settings=params.method, model=params.model, vocabulary=vocabulary)
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
     """Returns metrics: bits per character on valid and test in each mode the method is used in, size, FLOPs, load."""
     context, settings = params.model.context, params.pretrain
     tokens = {split: open_tokens(paths.data / f"{split}.npy") for split in ("train", "valid", "test")}
@@ -34,10 +32,14 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa
     model = build(spec)
     mode = model.train_mode
     fitted = fit(
-        model, adam(model.parameters(), settings.learning_rate), settings,
+        model,
+        adam(model.parameters(), settings.learning_rate),
+        settings,
         objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
         validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
-        score="bpc", log=run.log, label=f"pretrain {cell.name}",
+        score="bpc",
+        log=run.log,
+        label=f"pretrain {cell.name}",
     )
     tally = RoutingTally(model)
     test = segments(tokens["test"], context)

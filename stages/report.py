@@ -16,7 +16,7 @@ from stages.paths import GRID_STAGES, Cell, Paths
 REMEDY = "run `dvc repro`"
 
 
-def run(params: SimpleNamespace, paths: Paths, run) -> dict:  # noqa: ANN001
+def run(params: SimpleNamespace, paths: Paths, run) -> dict:
     """Writes report.md, training.csv, severity.csv and the plots; prints the table. Returns no metrics of its own."""
     methods, seeds = params.grid.methods, params.grid.seeds
     references = read_json(paths.result("prepare"), REMEDY)["metrics"]["references"]
@@ -44,14 +44,21 @@ def run(params: SimpleNamespace, paths: Paths, run) -> dict:  # noqa: ANN001
 
 
 def _figures(
-    params: SimpleNamespace, paths: Paths, training: list[dict[str, Any]], severity: list[dict[str, Any]],
+    params: SimpleNamespace,
+    paths: Paths,
+    training: list[dict[str, Any]],
+    severity: list[dict[str, Any]],
     references: dict[str, float],
 ) -> dict[str, Any]:
     methods, seeds = params.grid.methods, params.grid.seeds
 
     def by_seed(rows: list[dict[str, Any]], method: str, **wanted: str) -> list[list[dict[str, float]]]:
         return [
-            [row for row in rows if (row["method"], row["seed"]) == (method, seed) and all(row[k] == v for k, v in wanted.items())]
+            [
+                row
+                for row in rows
+                if (row["method"], row["seed"]) == (method, seed) and all(row[k] == v for k, v in wanted.items())
+            ]
             for seed in seeds
         ]
 
@@ -66,9 +73,11 @@ def _figures(
         curves = {
             kind: {
                 method: [
-                    clean + noisy for clean, noisy in zip(
+                    clean + noisy
+                    for clean, noisy in zip(
                         by_seed(severity, method, model=model, kind="clean"),
-                        by_seed(severity, method, model=model, kind=kind), strict=True,
+                        by_seed(severity, method, model=model, kind=kind),
+                        strict=True,
                     )
                 ]
                 for method in methods
@@ -101,7 +110,10 @@ def _rows(paths: Paths, stage: str, file: str, methods: tuple[str, ...], seeds: 
             path = paths.output(stage, Cell(method, seed)) / file
             try:
                 with open(path, newline="", encoding="utf-8") as handle:
-                    rows += [{"method": method, "seed": seed} | {k: _number(v) for k, v in row.items()} for row in csv.DictReader(handle)]
+                    rows += [
+                        {"method": method, "seed": seed} | {k: _number(v) for k, v in row.items()}
+                        for row in csv.DictReader(handle)
+                    ]
             except FileNotFoundError:
                 raise Failure(f"{path}: not found; {REMEDY}") from None
     return rows
@@ -126,16 +138,22 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
     seeds = ", ".join(map(str, params.grid.seeds))
     caution = (
         "One seed: no interval can be given, and small differences say nothing."
-        if len(params.grid.seeds) == 1 else "Mean +/- standard deviation over seeds."
+        if len(params.grid.seeds) == 1
+        else "Mean +/- standard deviation over seeds."
     )
     lines = [
-        "# Report", "",
-        f"Corpus {params.data.corpus}, view {params.data.view}, task {params.data.task}, seeds {seeds}. {caution}", "",
-        table.markdown(), "",
+        "# Report",
+        "",
+        f"Corpus {params.data.corpus}, view {params.data.view}, task {params.data.task}, seeds {seeds}. {caution}",
+        "",
+        table.markdown(),
+        "",
         "bpc: bits per character on the test split, lower is better; `bpc discrete` is the same pre-trained model with the "
         "discrete path alone; `bpc warmed up` is on the fine-tuning domain's validation texts after warm-up, in the mode of "
         "inference. Noise columns are means over all corruptions and severities, `consistency` the share of experts that noise "
-        "leaves unchanged. Data of the plots: training.csv, severity.csv.", "",
-        *(f"![{name}]({name}.png)" for name in figures), "",
+        "leaves unchanged. Data of the plots: training.csv, severity.csv.",
+        "",
+        *(f"![{name}]({name}.png)" for name in figures),
+        "",
     ]
     return "\n".join(lines)

@@ -12,7 +12,14 @@ from pipeline.data.corruption import alphabet
 from pipeline.data.tasks import Task, read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.robustness import (
-    Noise, accuracy, bits, bits_degradation, classifier_trace, consistency, language_trace, texts,
+    Noise,
+    accuracy,
+    bits,
+    bits_degradation,
+    classifier_trace,
+    consistency,
+    language_trace,
+    texts,
 )
 from pipeline.files import output_folder
 from pipeline.models.heads import Classifier
@@ -28,7 +35,7 @@ from stages.pretrain import language_model
 Row = dict[str, str | float]
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
     """Writes scores.csv (a row per model, corruption and severity) and load.csv; returns means over the corruptions.
 
     Models: `pretrained` is the language model in its training mode, `warmed-up` the one after warm-up in the mode of
@@ -39,7 +46,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa
     task = read_task(paths.data / "task.jsonl")
     spec = language_model(params, cell, tokenizer.size)
     language_models = {
-        name: checkpoint.load(paths.output(stage, cell), spec) for name, stage in (("pretrained", "pretrain"), ("warmed-up", "warmup"))
+        name: checkpoint.load(paths.output(stage, cell), spec)
+        for name, stage in (("pretrained", "pretrain"), ("warmed-up", "warmup"))
     }
     tuned = checkpoint.load(paths.output("finetune", cell), classifier(params, cell, tokenizer.size, task))
     symbols = alphabet(params.data.view)
@@ -76,10 +84,15 @@ def _language(
     for noise in noises:
         given = texts(inputs, context, pad, noise)
         noisy = language_trace(model, given, clean_segments, mode)
-        rows.append(_row(
-            noise.kind, noise.rate, bits(noisy), bits_degradation(clean, noisy, given.source_ST),
-            consistency(clean, noisy, given.source_ST),
-        ))
+        rows.append(
+            _row(
+                noise.kind,
+                noise.rate,
+                bits(noisy),
+                bits_degradation(clean, noisy, given.source_ST),
+                consistency(clean, noisy, given.source_ST),
+            )
+        )
         progress.advance()
     if (paths.data / "raw.npy").exists():
         shifted = bits_per_character(model, segments(open_tokens(paths.data / "raw.npy"), context, limit), mode)
@@ -125,7 +138,8 @@ def _summary(rows: list[Row]) -> dict[str, float]:
     noisy = [row for row in rows if row["kind"] not in ("clean", "shift")]
     result = {"clean": rows[0]["score"]}
     result |= {name: float(np.mean([row[name] for row in noisy])) for name in ("score", "degradation", "consistency")}
-    return result | {"shift": row["degradation"] for row in rows if row["kind"] == "shift"}
+    shift = [row["degradation"] for row in rows if row["kind"] == "shift"]
+    return result | ({"shift": shift[0]} if shift else {})
 
 
 def _write(path: Path, rows: list[Row]) -> None:

@@ -22,7 +22,7 @@ from stages.paths import Cell, Paths
 from stages.pretrain import language_model
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa: ANN001
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
     """Returns metrics before and after on the domain's validation texts: bits per character, load, codebook measures."""
     context, settings = params.model.context, params.warmup
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
@@ -44,10 +44,14 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:  # noqa
     for parameter in learned:
         parameter.requires_grad_(True)
     fitted = fit(
-        model, adam(learned, settings.learning_rate), settings,
+        model,
+        adam(learned, settings.learning_rate),
+        settings,
         objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
         validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
-        score="bpc", log=run.log, label=f"warmup {cell.name}",
+        score="bpc",
+        log=run.log,
+        label=f"warmup {cell.name}",
     )
     after = _measure(model, valid)
     with output_folder(paths.output("warmup", cell)) as folder:

@@ -11,12 +11,32 @@ from pipeline.moe.layer import SETTINGS
 REPOSITORY = Path(__file__).parent.parent
 
 TINY = (
-    "model.layers=2", "model.width=16", "model.heads=2", "model.experts=4", "model.expert_width=16", "model.context=32",
-    "methods.vqmoe.codes=4", "prepare.passage=60", "prepare.vocabulary=500",
-    "pretrain.steps=12", "pretrain.batch=4", "pretrain.validate_every=6", "pretrain.validate_tokens=512",
-    "warmup.steps=4", "warmup.batch=4", "warmup.validate_every=2", "warmup.validate_tokens=512", "warmup.kmeans_tokens=512",
-    "finetune.steps=4", "finetune.batch=4", "finetune.validate_every=2", "finetune.validate_passages=8",
-    "robustness.segments=4", "robustness.passages=8", "robustness.rates=[0.05, 0.2]", "report.dpi=60",
+    "model.layers=2",
+    "model.width=16",
+    "model.heads=2",
+    "model.experts=4",
+    "model.expert_width=16",
+    "model.context=32",
+    "methods.vqmoe.codes=4",
+    "prepare.passage=60",
+    "prepare.vocabulary=500",
+    "pretrain.steps=12",
+    "pretrain.batch=4",
+    "pretrain.validate_every=6",
+    "pretrain.validate_tokens=512",
+    "warmup.steps=4",
+    "warmup.batch=4",
+    "warmup.validate_every=2",
+    "warmup.validate_tokens=512",
+    "warmup.kmeans_tokens=512",
+    "finetune.steps=4",
+    "finetune.batch=4",
+    "finetune.validate_every=2",
+    "finetune.validate_passages=8",
+    "robustness.segments=4",
+    "robustness.passages=8",
+    "robustness.rates=[0.05, 0.2]",
+    "report.dpi=60",
 )
 
 
@@ -50,7 +70,10 @@ def task_file(tmp_path):
     path = tmp_path / "task.csv"
     lines = ["text,label,split"]
     for split, count in (("train", 24), ("valid", 8), ("test", 12)):
-        lines += [f"{'alpha beta gamma' if i % 2 else 'zeta eta theta'} number {i},{'first' if i % 2 else 'second'},{split}" for i in range(count)]
+        lines += [
+            f"{'alpha beta gamma' if i % 2 else 'zeta eta theta'} number {i},{'first' if i % 2 else 'second'},{split}"
+            for i in range(count)
+        ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

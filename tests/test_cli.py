@@ -50,7 +50,10 @@ def no_leftovers(root):
 
 
 def test_help_is_instant_and_explains_the_workflow():
-    code = "import sys; from cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nfor heavy in ('torch', 'mlflow', 'pydantic', 'numpy'): assert heavy not in sys.modules, heavy"
+    code = (
+        "import sys\nfrom cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "for heavy in ('torch', 'mlflow', 'pydantic', 'numpy'): assert heavy not in sys.modules, heavy"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "prepare > pretrain > warmup > finetune > robustness > report" in done.stdout
@@ -129,14 +132,17 @@ def test_other_seeds_give_other_models(vqmoe, workspace):
     assert one.read_bytes() != other.read_bytes()
 
 
-@pytest.mark.parametrize(("arguments", "code", "parts"), [
-    (["pretrain", "--method", "nosuch"], 2, ["method 'nosuch'", "vqmoe, smoe"]),
-    (["pretrain", "-S", "pretrain.stepz=1"], 2, ["unknown key pretrain.stepz", "did you mean steps?"]),
-    (["pretrain", "-S", "model.norm=middle"], 2, ["model.norm is 'middle'"]),
-    (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file"]),
-    (["pretrain"], 1, ["outputs/data: not found", "run the stage that makes it first"]),
-    (["report"], 1, ["results/prepare.json: not found"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["pretrain", "--method", "nosuch"], 2, ["method 'nosuch'", "vqmoe, smoe"]),
+        (["pretrain", "-S", "pretrain.stepz=1"], 2, ["unknown key pretrain.stepz", "did you mean steps?"]),
+        (["pretrain", "-S", "model.norm=middle"], 2, ["model.norm is 'middle'"]),
+        (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file"]),
+        (["pretrain"], 1, ["outputs/data: not found", "run the stage that makes it first"]),
+        (["report"], 1, ["results/prepare.json: not found"]),
+    ],
+)
 def test_usage_errors(vqmoe, arguments, code, parts):
     assert_one_line(vqmoe(*arguments), code, *parts)
 
@@ -146,13 +152,20 @@ def test_unknown_options_and_commands_are_clicks_own(vqmoe):
     assert vqmoe("no-such-stage", tiny=False).exit_code == 2
 
 
-@pytest.mark.parametrize(("name", "content", "parts"), [
-    ("corpus/valid.txt", None, ["valid.txt: not found"]),
-    ("corpus/test.txt", b"", ["the test split is empty"]),
-    ("corpus/train.txt", b"abc\xff", ["train.txt: not UTF-8 at byte 3"]),
-    ("corpus/valid.txt", b"too short", ["a split has", "lower model.context"]),
-    ("task.csv", b"text,label,split\na,x,train\nb,y,train\nc,x,valid\nd,z,test\n", ["label 'z' is in test but never in train"]),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("corpus/valid.txt", None, ["valid.txt: not found"]),
+        ("corpus/test.txt", b"", ["the test split is empty"]),
+        ("corpus/train.txt", b"abc\xff", ["train.txt: not UTF-8 at byte 3"]),
+        ("corpus/valid.txt", b"too short", ["a split has", "lower model.context"]),
+        (
+            "task.csv",
+            b"text,label,split\na,x,train\nb,y,train\nc,x,valid\nd,z,test\n",
+            ["label 'z' is in test but never in train"],
+        ),
+    ],
+)
 def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
     path = tmp_path / name
     path.unlink() if content is None else path.write_bytes(content)
@@ -168,7 +181,9 @@ def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
 
 def test_a_failed_stage_is_recorded_as_failed(vqmoe, workspace):
     assert vqmoe("prepare").exit_code == 0
-    assert_one_line(vqmoe("pretrain", overrides=["pretrain.learning_rate=1e30", "pretrain.clip=1e30"]), 1, "at step", "lower learning_rate")
+    assert_one_line(
+        vqmoe("pretrain", overrides=["pretrain.learning_rate=1e30", "pretrain.clip=1e30"]), 1, "at step", "lower learning_rate"
+    )
     assert not (workspace / "outputs/pretrain").exists() or not list((workspace / "outputs/pretrain").iterdir())
     from pipeline.tracking import store
 
@@ -181,7 +196,9 @@ def test_a_failed_stage_is_recorded_as_failed(vqmoe, workspace):
 def test_a_checkpoint_of_another_configuration(vqmoe, workspace):
     assert vqmoe("prepare").exit_code == 0
     assert vqmoe("pretrain").exit_code == 0
-    assert_one_line(vqmoe("warmup", overrides=["model.expert_width=24"]), 1, "model.json: model.expert_width is 16 there and 24 in params")
+    assert_one_line(
+        vqmoe("warmup", overrides=["model.expert_width=24"]), 1, "model.json: model.expert_width is 16 there and 24 in params"
+    )
     weights = workspace / "outputs/pretrain/vqmoe-s0/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert_one_line(vqmoe("warmup"), 1, "model.safetensors: damaged")
@@ -199,8 +216,13 @@ def test_a_killed_stage_leaves_the_last_good_output(vqmoe, workspace, tiny_overr
     assert vqmoe("pretrain").exit_code == 0
     before = (workspace / "outputs/pretrain/vqmoe-s0/model.safetensors").read_bytes()
     options = [part for override in (*tiny_overrides, "pretrain.steps=100000") for part in ("-S", override)]
-    process = subprocess.Popen([sys.executable, "-c", "from cli import main; main()", "pretrain", *options], cwd=workspace,
-                               env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from cli import main; main()", "pretrain", *options],
+        cwd=workspace,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stderr:
         if line.startswith("pretrain vqmoe-s0"):
             break

@@ -29,29 +29,32 @@ def test_scientific_and_decimal_notation_are_the_same_number():
     assert config.fingerprint(one.pretrain) == config.fingerprint(other.pretrain)
 
 
-@pytest.mark.parametrize(("override", "parts"), [
-    ("pretrain.stepz=5", ["unknown key pretrain.stepz", "did you mean steps?"]),
-    ("pretrian.steps=5", ["no section 'pretrian'", "did you mean pretrain?"]),
-    ("methods.vqmoe.kodes=5", ["unknown key methods.vqmoe.kodes", "did you mean codes?"]),
-    ("pretrain.steps=many", ["pretrain.steps is 'many'", "integer"]),
-    ("pretrain.steps=1.5", ["pretrain.steps is 1.5", "integer"]),
-    ("pretrain.steps=true", ["pretrain.steps is True", "integer"]),
-    ("pretrain.steps=0", ["pretrain.steps is 0", "greater than 0"]),
-    ("pretrain.learning_rate=.inf", ["pretrain.learning_rate is inf", "finite"]),
-    ("model.heads=5", ["model: heads is 5", "must divide width (128)"]),
-    ("model.norm=middle", ["model.norm is 'middle'", "'pre' or 'post'"]),
-    ("methods.vqmoe.codes=9", ["methods.vqmoe", "codes is 9", "multiple of model.experts (8)"]),
-    ("methods.smoe.top_k=9", ["methods.smoe", "top_k is 9", "at most model.experts (8)"]),
-    ("methods.xyz={top_k: 1}", ["methods", "'xyz' is no method", "vqmoe, smoe"]),
-    ("grid.methods=[vqmoe, smoo]", ["method 'smoo'", "vqmoe, smoe", "did you mean smoe?"]),
-    ("grid.seeds=[1, 1]", ["grid.seeds", "twice"]),
-    ("grid.seeds=[-1]", ["grid.seeds.0 is -1"]),
-    ("robustness.kinds=[swop]", ["robustness.kinds.0 is 'swop'", "'swap'"]),
-    ("robustness.rates=[0.1, 1.5]", ["robustness.rates.1 is 1.5"]),
-    ("data.view=latin1", ["data.view is 'latin1'", "'text27' or 'bytes'"]),
-    ("steps", ["-S steps", "section.key=value"]),
-    ("pretrain.steps=[", ["not a YAML value"]),
-])
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("pretrain.stepz=5", ["unknown key pretrain.stepz", "did you mean steps?"]),
+        ("pretrian.steps=5", ["no section 'pretrian'", "did you mean pretrain?"]),
+        ("methods.vqmoe.kodes=5", ["unknown key methods.vqmoe.kodes", "did you mean codes?"]),
+        ("pretrain.steps=many", ["pretrain.steps is 'many'", "integer"]),
+        ("pretrain.steps=1.5", ["pretrain.steps is 1.5", "integer"]),
+        ("pretrain.steps=true", ["pretrain.steps is True", "integer"]),
+        ("pretrain.steps=0", ["pretrain.steps is 0", "greater than 0"]),
+        ("pretrain.learning_rate=.inf", ["pretrain.learning_rate is inf", "finite"]),
+        ("model.heads=5", ["model: heads is 5", "must divide width (128)"]),
+        ("model.norm=middle", ["model.norm is 'middle'", "'pre' or 'post'"]),
+        ("methods.vqmoe.codes=9", ["methods.vqmoe", "codes is 9", "multiple of model.experts (8)"]),
+        ("methods.smoe.top_k=9", ["methods.smoe", "top_k is 9", "at most model.experts (8)"]),
+        ("methods.xyz={top_k: 1}", ["methods", "'xyz' is no method", "vqmoe, smoe"]),
+        ("grid.methods=[vqmoe, smoo]", ["method 'smoo'", "vqmoe, smoe", "did you mean smoe?"]),
+        ("grid.seeds=[1, 1]", ["grid.seeds", "twice"]),
+        ("grid.seeds=[-1]", ["grid.seeds.0 is -1"]),
+        ("robustness.kinds=[swop]", ["robustness.kinds.0 is 'swop'", "'swap'"]),
+        ("robustness.rates=[0.1, 1.5]", ["robustness.rates.1 is 1.5"]),
+        ("data.view=latin1", ["data.view is 'latin1'", "'text27' or 'bytes'"]),
+        ("steps", ["-S steps", "section.key=value"]),
+        ("pretrain.steps=[", ["not a YAML value"]),
+    ],
+)
 def test_bad_values_are_one_line_that_names_key_value_and_remedy(override, parts):
     with pytest.raises(UsageError) as caught:
         load(override)
@@ -61,14 +64,17 @@ def test_bad_values_are_one_line_that_names_key_value_and_remedy(override, parts
         assert part in line
 
 
-@pytest.mark.parametrize(("content", "part"), [
-    (b"model: [", "not valid YAML"),
-    (b"model: 1\nmodel: 2\n", "not valid YAML"),
-    (b"- 1\n", "holds list"),
-    (b"", "holds NoneType"),
-    (b"model: \xff\n", "not UTF-8 (byte 7)"),
-    (b"model: {}\n", "is missing"),
-])
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"model: [", "not valid YAML"),
+        (b"model: 1\nmodel: 2\n", "not valid YAML"),
+        (b"- 1\n", "holds list"),
+        (b"", "holds NoneType"),
+        (b"model: \xff\n", "not UTF-8 (byte 7)"),
+        (b"model: {}\n", "is missing"),
+    ],
+)
 def test_files_that_are_no_params(tmp_path, content, part):
     path = tmp_path / "params.yaml"
     path.write_bytes(content)

@@ -37,7 +37,7 @@ def test_unwritable_is_one_line_and_other_errors_keep_their_name(tmp_path):
     with pytest.raises(Failure, match="cannot be written"), output_folder(tmp_path / "file/x"):
         pass
     with pytest.raises(FileNotFoundError), output_folder(tmp_path / "f"):
-        open(tmp_path / "elsewhere")  # noqa: SIM115
+        open(tmp_path / "elsewhere")
 
 
 def test_reading_what_is_not_there_or_damaged(tmp_path):

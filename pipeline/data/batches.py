@@ -105,4 +105,6 @@ def _generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
 
 def _check_length(tokens: np.ndarray, context: int) -> None:
     if len(tokens) < context + 1:
-        raise Failure(f"a split has {len(tokens)} tokens, one segment needs {context + 1}; give it more text or lower model.context")
+        raise Failure(
+            f"a split has {len(tokens)} tokens, one segment needs {context + 1}; give it more text or lower model.context"
+        )

@@ -38,7 +38,9 @@ class Tokenizer:
         except Exception as error:  # the package raises bare Exception, for a missing file too
             raise Failure(f"{path}: no usable tokenizer ({error}); run `vqmoe prepare` again") from None
         if model.token_to_id(PAD) != 256:
-            raise Failure(f"{path}: a tokenizer of another vocabulary ({model.get_vocab_size()} entries); run `vqmoe prepare` again")
+            raise Failure(
+                f"{path}: a tokenizer of another vocabulary ({model.get_vocab_size()} entries); run `vqmoe prepare` again"
+            )
         return cls(model)
 
     def save(self, path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, and a marker each, so that the lines differ in print too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -32,7 +32,9 @@ def training_curves(histories: Mapping[str, Sequence[Points]], references: Mappi
         _band(axes, steps, curves, method, style)
     for name, value in references.items():
         axes.axhline(value, color="0.55", linestyle="--", linewidth=1)
-        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points", color="0.35")
+        axes.annotate(
+            name, (1, value), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points", color="0.35"
+        )
     axes.set(xlabel="training step", ylabel="validation bits per character", title="Pre-training")
     axes.legend(frameon=False)
     return _finish(figure)
@@ -50,7 +52,7 @@ def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], ylabel
             rates = [100 * point["rate"] for point in methods[method][0]]
             _band(axes, rates, np.array([[point["score"] for point in seed] for seed in methods[method]]), method, style)
         axes.set_title(kind, fontsize=10)
-    for axes in list(grid.flat)[len(scores):]:
+    for axes in list(grid.flat)[len(scores) :]:
         axes.set_visible(False)
     for column in range(columns):
         lowest = max(row for row in range(rows) if row * columns + column < len(scores))
@@ -74,8 +76,15 @@ def share_maps(shares: Mapping[str, np.ndarray], what: str) -> Figure:
         if array.shape[1] <= 16:
             for layer, row in enumerate(100 * array):
                 for index, value in enumerate(row):
-                    axes.text(index, layer, f"{value:.0f}", ha="center", va="center", fontsize=8,
-                              color="black" if value > 0.6 * largest else "white")
+                    axes.text(
+                        index,
+                        layer,
+                        f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="black" if value > 0.6 * largest else "white",
+                    )
         axes.set(title=name, ylabel="layer", yticks=range(array.shape[0]))
         axes.set_xticks(range(0, array.shape[1], max(1, array.shape[1] // 16)))
     grid[-1, 0].set_xlabel(what)

@@ -111,10 +111,14 @@ def consistency(clean: Trace, noisy: Trace, source_ST: Tensor) -> float:
     """Share of assignments that noise leaves as they were, over characters that survive it, mean over layers."""
     row, column = torch.nonzero(source_ST >= 0, as_tuple=True)
     origin = source_ST[row, column]
-    return float(np.mean([
-        stats.consistency(before[row, origin], after[row, column])
-        for before, after in zip(clean.index, noisy.index, strict=True)
-    ]))
+    return float(
+        np.mean(
+            [
+                stats.consistency(before[row, origin], after[row, column])
+                for before, after in zip(clean.index, noisy.index, strict=True)
+            ]
+        )
+    )
 
 
 def _experts(hidden: Hidden, valid_BT: Tensor) -> list[Tensor]:

@@ -49,31 +49,53 @@ def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], r
     `references` are the scores of compressors and TF-IDF from `prepare`, shown as rows of their own.
     """
     heads = (
-        "method", "test bpc", "bpc discrete", "bpc warmed up", "era accuracy %", "macro-F1 %", "no pre-training %",
-        "bpc lost to noise", "accuracy points lost", "consistency %", "MFLOPs/token pre-train", "fine-tune",
+        "method",
+        "test bpc",
+        "bpc discrete",
+        "bpc warmed up",
+        "era accuracy %",
+        "macro-F1 %",
+        "no pre-training %",
+        "bpc lost to noise",
+        "accuracy points lost",
+        "consistency %",
+        "MFLOPs/token pre-train",
+        "fine-tune",
     )
     rows = []
     for method, stages in cells.items():
         tests = [entry["test"] for entry in stages["pretrain"]]
         tuned, robust = stages["finetune"], stages["robustness"]
-        rows.append((
-            method,
-            mean((test["bpc"] for test in tests), 3),
-            mean((test["bpc_discrete"] for test in tests), 3) if "bpc_discrete" in tests[0] else "",
-            mean((entry["after"]["bpc"] for entry in stages["warmup"]), 3),
-            mean((entry["test"]["accuracy"] for entry in tuned), 1, 100),
-            mean((entry["test"]["macro_f1"] for entry in tuned), 1, 100),
-            mean((entry["scratch"]["accuracy"] for entry in tuned), 1, 100) if "scratch" in tuned[0] else "",
-            mean((entry["warmed-up"]["degradation"] for entry in robust), 3),
-            mean((entry["classifier"]["degradation"] for entry in robust), 1, 100),
-            mean((entry["warmed-up"]["consistency"] for entry in robust), 1, 100),
-            mean((entry["flops_per_token"]["pretrain"] for entry in tuned), 2, 1e-6),
-            mean((entry["flops_per_token"]["finetune"] for entry in tuned), 2, 1e-6),
-        ))
+        rows.append(
+            (
+                method,
+                mean((test["bpc"] for test in tests), 3),
+                mean((test["bpc_discrete"] for test in tests), 3) if "bpc_discrete" in tests[0] else "",
+                mean((entry["after"]["bpc"] for entry in stages["warmup"]), 3),
+                mean((entry["test"]["accuracy"] for entry in tuned), 1, 100),
+                mean((entry["test"]["macro_f1"] for entry in tuned), 1, 100),
+                mean((entry["scratch"]["accuracy"] for entry in tuned), 1, 100) if "scratch" in tuned[0] else "",
+                mean((entry["warmed-up"]["degradation"] for entry in robust), 3),
+                mean((entry["classifier"]["degradation"] for entry in robust), 1, 100),
+                mean((entry["warmed-up"]["consistency"] for entry in robust), 1, 100),
+                mean((entry["flops_per_token"]["pretrain"] for entry in tuned), 2, 1e-6),
+                mean((entry["flops_per_token"]["finetune"] for entry in tuned), 2, 1e-6),
+            )
+        )
     blank = ("",) * (len(heads) - 2)
     rows += [(name, f"{value:.3f}", *blank) for name, value in references["bits_per_character"].items()]
     tfidf = references["tfidf"]
-    rows.append(("TF-IDF + logistic regression", "", "", "", f"{100 * tfidf['accuracy']:.1f}", f"{100 * tfidf['macro_f1']:.1f}", *blank[4:]))
+    rows.append(
+        (
+            "TF-IDF + logistic regression",
+            "",
+            "",
+            "",
+            f"{100 * tfidf['accuracy']:.1f}",
+            f"{100 * tfidf['macro_f1']:.1f}",
+            *blank[4:],
+        )
+    )
     return Table("Methods compared", heads, rows)
 
 

@@ -108,9 +108,7 @@ class Block(nn.Module):
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
         batch, length, width = x_BTD.shape
-        q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(x_BTD).split(width, dim=-1)
-        )
+        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(x_BTD).split(width, dim=-1))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         y_BTD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)

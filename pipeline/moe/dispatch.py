@@ -33,13 +33,13 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, order_A: Tensor, inverse_A: Tensor, copies: int) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x_ND: Tensor, order_A: Tensor, inverse_A: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse_A)
         ctx.copies = copies
         return x_ND[order_A // copies if copies > 1 else order_A]
 
     @staticmethod
-    def backward(ctx, grad_AD: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
+    def backward(ctx, grad_AD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_A,) = ctx.saved_tensors
         grad_AD = grad_AD[inverse_A]
         return grad_AD if ctx.copies == 1 else grad_AD.view(-1, ctx.copies, grad_AD.shape[-1]).sum(1), None, None, None

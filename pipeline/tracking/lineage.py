@@ -27,7 +27,10 @@ def source_tags(root: Path) -> dict[str, str]:
     tags = {f"vqmoe.version.{name}": text for name in PACKAGES if (text := _version(name))}
     tags |= {"vqmoe.version.python": platform.python_version(), "mlflow.source.name": "vqmoe", "mlflow.source.type": "LOCAL"}
     if commit := git(root, "rev-parse", "HEAD").strip():
-        tags |= {"mlflow.source.git.commit": commit, "vqmoe.git_dirty": str(bool(git(root, "status", "--porcelain").strip())).lower()}
+        tags |= {
+            "mlflow.source.git.commit": commit,
+            "vqmoe.git_dirty": str(bool(git(root, "status", "--porcelain").strip())).lower(),
+        }
     for variable, tag in (("DVC_STAGE", "dvc.stage"), ("DVC_EXP_NAME", "dvc.experiment"), ("USER", "mlflow.user")):
         if os.environ.get(variable):
             tags[tag] = os.environ[variable]

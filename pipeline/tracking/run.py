@@ -65,7 +65,10 @@ class Run(NullRun):
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = Dataset(
-            name=name, digest=digest(path)[:32], source_type="local", source=json.dumps({"path": self._name(path)}),
+            name=name,
+            digest=digest(path)[:32],
+            source_type="local",
+            source=json.dumps({"path": self._name(path)}),
             profile=json.dumps(profile),
         )
         given = DatasetInput(dataset=data, tags=[InputTag("mlflow.data.context", context)])
@@ -129,7 +132,8 @@ class Run(NullRun):
         now = int(time.time() * 1000)
         linked = [
             Metric(key, value, now, 0, model_id=model.model_id, run_id=self.id)
-            for key, value in metrics.items() if math.isfinite(value)
+            for key, value in metrics.items()
+            if math.isfinite(value)
         ]
         self._client.log_batch(self.id, metrics=linked)
 

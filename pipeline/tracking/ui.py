@@ -27,8 +27,20 @@ def serve(root: Path, port: int) -> None:
             raise UsageError(f"port {port} is taken; name another with --port") from None
     store.connect(root)
     command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port),
-        "--default-artifact-root", (store.folder(root) / "artifacts").as_uri(), "--workers", "1",
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--default-artifact-root",
+        (store.folder(root) / "artifacts").as_uri(),
+        "--workers",
+        "1",
     ]
     print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
     server = subprocess.Popen(command, env=os.environ | SLIM)

@@ -56,7 +56,9 @@ def fit(
             values = {"loss": loss.item()} | {name: part.item() for name, part in parts.items()}
             for name, value in values.items():
                 if not math.isfinite(value):
-                    raise Failure(f"{label}: {name} is {value} at step {step}; lower learning_rate or clip, nothing was overwritten")
+                    raise Failure(
+                        f"{label}: {name} is {value} at step {step}; lower learning_rate or clip, nothing was overwritten"
+                    )
                 sums[name] = sums.get(name, 0.0) + value
                 counts[name] = counts.get(name, 0) + 1
             optimizer.zero_grad()
@@ -64,8 +66,11 @@ def fit(
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
             if step % LOG_EVERY == 0 or step == training.steps:
-                log({f"train/{name}": value for name, value in values.items()}
-                    | {"train/learning_rate": rate, "train/gradient_norm": norm.item()}, step)
+                log(
+                    {f"train/{name}": value for name, value in values.items()}
+                    | {"train/learning_rate": rate, "train/gradient_norm": norm.item()},
+                    step,
+                )
             progress.advance(loss=values["loss"])
             if step % training.validate_every == 0 or step == training.steps:
                 model.eval()

@@ -16,7 +16,7 @@ from pipeline.training.validation import nats
 def language_objective(model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode) -> Objective:
     """Next-token cross-entropy plus the layers' auxiliary losses, on random segments of the model's context length."""
 
-    def objective(step: int):  # noqa: ANN202
+    def objective(step: int):
         segment_BT = token_batch(tokens, batch, model.context, seed, step)
         loss, hidden = nats(model, segment_BT[:, :-1], segment_BT[:, 1:], mode)
         return loss + hidden.auxiliary(), {"bpc": loss / math.log(2)} | hidden.losses()
@@ -24,12 +24,10 @@ def language_objective(model: Transformer, tokens: np.ndarray, *, batch: int, se
     return objective
 
 
-def classification_objective(
-    model: Classifier, examples: Examples, *, batch: int, seed: int, pad: int, mode: Mode
-) -> Objective:
+def classification_objective(model: Classifier, examples: Examples, *, batch: int, seed: int, pad: int, mode: Mode) -> Objective:
     """Cross-entropy of the label plus the layers' auxiliary losses, over shuffled epochs of the examples."""
 
-    def objective(step: int):  # noqa: ANN202
+    def objective(step: int):
         ids, labels_B = example_batch(examples, batch, seed, step)
         scores_BL, hidden = model(*padded(ids, pad), mode)
         loss = F.cross_entropy(scores_BL, labels_B)

@@ -3,7 +3,15 @@ import pytest
 import torch
 
 from pipeline.data.batches import (
-    Examples, encode_examples, example_batch, open_tokens, padded, segments, spaced, token_batch, write_tokens,
+    Examples,
+    encode_examples,
+    example_batch,
+    open_tokens,
+    padded,
+    segments,
+    spaced,
+    token_batch,
+    write_tokens,
 )
 from pipeline.data.tasks import Example
 from pipeline.data.tokenizers import Tokenizer
@@ -17,13 +25,16 @@ def test_tokens_are_mapped_not_loaded(tmp_path):
     assert tokens[999] == 999
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:-5]),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(b"something else"),
-    lambda path: np.save(path, np.zeros((2, 2))),
-    lambda path: path.unlink(),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"something else"),
+        lambda path: np.save(path, np.zeros((2, 2))),
+        lambda path: path.unlink(),
+    ],
+)
 def test_damaged_token_files(tmp_path, damage):
     path = tmp_path / "t.npy"
     write_tokens(path, np.arange(1000))

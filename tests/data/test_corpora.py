@@ -48,20 +48,23 @@ def _lines(*records):
 GOOD = [{"text": "a", "split": split} for split in SPLITS]
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("c.jsonl", _lines(*GOOD, '{"text": "trunc'), r"c\.jsonl, line 4: not JSON"),
-    ("c.jsonl", _lines(*GOOD, {"split": "train"}), r"line 4: no field 'text'"),
-    ("c.jsonl", _lines(*GOOD, {"text": None, "split": "train"}), r"line 4: no field 'text'"),
-    ("c.jsonl", _lines(*GOOD, {"text": 5, "split": "train"}), r"line 4: text is 5"),
-    ("c.jsonl", _lines(*GOOD, {"text": "a", "split": "dev"}), r"line 4: split is 'dev'; expected train, valid, test"),
-    ("c.jsonl", _lines(*GOOD, [1]), r"line 4: holds list"),
-    ("c.jsonl", _lines(*GOOD[:2]), r"the test split is empty"),
-    ("c.jsonl", b"\xff\xfe", r"not UTF-8 at byte 0; convert"),
-    ("c.jsonl.xz", lzma.compress(_lines(*GOOD))[:-20], r"truncated or damaged"),
-    ("c.jsonl.xz", b"no archive", r"truncated or damaged"),
-    ("c.txt", b"", r"the train split is empty"),
-    ("c.txt", b"ok" * 50 + b"\xe9", r"not UTF-8 at byte 100"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("c.jsonl", _lines(*GOOD, '{"text": "trunc'), r"c\.jsonl, line 4: not JSON"),
+        ("c.jsonl", _lines(*GOOD, {"split": "train"}), r"line 4: no field 'text'"),
+        ("c.jsonl", _lines(*GOOD, {"text": None, "split": "train"}), r"line 4: no field 'text'"),
+        ("c.jsonl", _lines(*GOOD, {"text": 5, "split": "train"}), r"line 4: text is 5"),
+        ("c.jsonl", _lines(*GOOD, {"text": "a", "split": "dev"}), r"line 4: split is 'dev'; expected train, valid, test"),
+        ("c.jsonl", _lines(*GOOD, [1]), r"line 4: holds list"),
+        ("c.jsonl", _lines(*GOOD[:2]), r"the test split is empty"),
+        ("c.jsonl", b"\xff\xfe", r"not UTF-8 at byte 0; convert"),
+        ("c.jsonl.xz", lzma.compress(_lines(*GOOD))[:-20], r"truncated or damaged"),
+        ("c.jsonl.xz", b"no archive", r"truncated or damaged"),
+        ("c.txt", b"", r"the train split is empty"),
+        ("c.txt", b"ok" * 50 + b"\xe9", r"not UTF-8 at byte 100"),
+    ],
+)
 def test_bad_files_are_one_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Failure, match=words) as caught:

@@ -90,5 +90,5 @@ def test_a_text_never_becomes_empty():
 def test_bad_requests():
     with pytest.raises(UsageError, match="corruption 'swop' does not exist; there are: swap, delete"):
         corrupt(TEXT, "swop", 0.1, LETTERS, np.random.default_rng(0))
-    with pytest.raises(UsageError, match="rate 1.5 of corruption swap"):
+    with pytest.raises(UsageError, match=r"rate 1\.5 of corruption swap"):
         corrupt(TEXT, "swap", 1.5, LETTERS, np.random.default_rng(0))

@@ -35,25 +35,28 @@ def test_round_trip(tmp_path, task_file):
 
 
 def test_json_lines_with_integer_labels(tmp_path):
-    (tmp_path / "t.jsonl").write_text("".join(
-        f'{{"text": "a, \\"b\\"", "label": {label}, "split": "{split}"}}\n' for split in SPLITS for label in (0, 1)
-    ))
+    (tmp_path / "t.jsonl").write_text(
+        "".join(f'{{"text": "a, \\"b\\"", "label": {label}, "split": "{split}"}}\n' for split in SPLITS for label in (0, 1))
+    )
     assert load_task("t.jsonl", {}, tmp_path, 0).labels == ("0", "1")
 
 
 HEAD = "text,label,split\na,x,train\nb,y,train\nc,x,valid\n"
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (HEAD + "d,z,test\n", r"line 5: label 'z' is in test but never in train"),
-    (HEAD, "the test split is empty"),
-    (HEAD + " ,x,test\n", "line 5: the text is empty"),
-    (HEAD + "d,x\n", "line 5: no field 'split'"),
-    (HEAD + "d,x,dev\n", "line 5: split is 'dev'"),
-    ("text,split\na,train\n", "line 2: no field 'label'"),
-    ("text,label,split\na,x,train\nc,x,valid\nd,x,test\n", "one label 'x'"),
-    ("", "the train split is empty"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (HEAD + "d,z,test\n", r"line 5: label 'z' is in test but never in train"),
+        (HEAD, "the test split is empty"),
+        (HEAD + " ,x,test\n", "line 5: the text is empty"),
+        (HEAD + "d,x\n", "line 5: no field 'split'"),
+        (HEAD + "d,x,dev\n", "line 5: split is 'dev'"),
+        ("text,split\na,train\n", "line 2: no field 'label'"),
+        ("text,label,split\na,x,train\nc,x,valid\nd,x,test\n", "one label 'x'"),
+        ("", "the train split is empty"),
+    ],
+)
 def test_bad_tasks_are_one_line(tmp_path, content, words):
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(Failure, match=words) as caught:

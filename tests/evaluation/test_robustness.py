@@ -7,7 +7,15 @@ import torch
 from pipeline.data.corruption import KINDS, alphabet
 from pipeline.errors import Failure
 from pipeline.evaluation.robustness import (
-    Noise, Trace, accuracy, bits, bits_degradation, classifier_trace, consistency, language_trace, texts,
+    Noise,
+    Trace,
+    accuracy,
+    bits,
+    bits_degradation,
+    classifier_trace,
+    consistency,
+    language_trace,
+    texts,
 )
 from pipeline.models.build import Spec, build
 from pipeline.training.validation import bits_per_character
@@ -23,12 +31,16 @@ def noise(kind, rate=0.3):
 @pytest.fixture
 def model(tiny_params, seeded):
     params = tiny_params()
-    return build(Spec(kind="language-model", method="smoe", settings=params.method("smoe"), model=params.model, vocabulary=257)).eval()
+    return build(
+        Spec(kind="language-model", method="smoe", settings=params.method("smoe"), model=params.model, vocabulary=257)
+    ).eval()
 
 
 def test_clean_text_scores_as_in_validation(model):
     given = texts(SEGMENTS[:, :-1], LENGTH, 256)
-    assert bits(language_trace(model, given, SEGMENTS, "router")) == pytest.approx(bits_per_character(model, SEGMENTS, "router"), rel=1e-5)
+    assert bits(language_trace(model, given, SEGMENTS, "router")) == pytest.approx(
+        bits_per_character(model, SEGMENTS, "router"), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,7 +54,9 @@ def test_every_scored_symbol_is_judged_on_its_true_successor(model, kind):
             if source < 0:
                 assert math.isnan(trace.scores[row, position])
             else:
-                assert trace.scores[row, position].item() == pytest.approx(-logits[position, SEGMENTS[row, source + 1]].item(), abs=1e-4)
+                assert trace.scores[row, position].item() == pytest.approx(
+                    -logits[position, SEGMENTS[row, source + 1]].item(), abs=1e-4
+                )
 
 
 def test_texts_repeat_and_differ_by_example():
@@ -77,8 +91,16 @@ def test_consistency_follows_moved_characters():
 
 def test_padding_takes_no_part_in_consistency(tiny_params, seeded):
     params = tiny_params()
-    spec = Spec(kind="classifier", method="smoe", settings=params.method("smoe"), model=params.model, vocabulary=257, labels=("a", "b"),
-                pooling="last", head_dropout=0.0)
+    spec = Spec(
+        kind="classifier",
+        method="smoe",
+        settings=params.method("smoe"),
+        model=params.model,
+        vocabulary=257,
+        labels=("a", "b"),
+        pooling="last",
+        head_dropout=0.0,
+    )
     made = build(spec).eval()
     trace = classifier_trace(made, texts([SEGMENTS[0, :5], SEGMENTS[0, :9]], 12, 256), "router")
     assert trace.scores.shape == (2, 2)

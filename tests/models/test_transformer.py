@@ -30,7 +30,9 @@ def test_order_matters(tiny_params, seeded, positions):
     model = build(spec(tiny_params(), "smoe", positions=positions)).eval()
     tokens_BT = torch.randint(50, (1, 10))
     swapped_BT = tokens_BT[:, [1, 0, *range(2, 10)]]
-    assert not torch.allclose(model(tokens_BT, "router").state_BTD[:, -1], model(swapped_BT, "router").state_BTD[:, -1], atol=1e-5)
+    assert not torch.allclose(
+        model(tokens_BT, "router").state_BTD[:, -1], model(swapped_BT, "router").state_BTD[:, -1], atol=1e-5
+    )
 
 
 def test_rotary_products_depend_on_distance_only(seeded):
@@ -44,7 +46,9 @@ def test_rotary_products_depend_on_distance_only(seeded):
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_right_padding_changes_nothing_for_the_classifier(tiny_params, seeded, pooling):
     params = tiny_params()
-    model = build(spec(params).model_copy(update={"kind": "classifier", "labels": ("a", "b", "c"), "pooling": pooling, "head_dropout": 0.1})).eval()
+    model = build(
+        spec(params).model_copy(update={"kind": "classifier", "labels": ("a", "b", "c"), "pooling": pooling, "head_dropout": 0.1})
+    ).eval()
     short_BT = torch.randint(50, (1, 7))
     padded_BT = torch.cat([short_BT, torch.zeros(1, 9, dtype=torch.long)], 1)
     both_BT = torch.cat([padded_BT, torch.randint(50, (1, 16))])

@@ -7,9 +7,9 @@ from tests.moe.reference import expert
 
 def _naive(experts, x, index_NK):
     inputs = x if x.dim() == 3 else x[:, None].expand(-1, index_NK.shape[1], -1)
-    return torch.stack([
-        torch.stack([expert(experts, int(e), inputs[n, k]) for k, e in enumerate(row)]) for n, row in enumerate(index_NK)
-    ])
+    return torch.stack(
+        [torch.stack([expert(experts, int(e), inputs[n, k]) for k, e in enumerate(row)]) for n, row in enumerate(index_NK)]
+    )
 
 
 def test_one_input_per_token_and_one_per_assignment():
@@ -40,4 +40,6 @@ def test_permuting_tokens_permutes_results():
     torch.manual_seed(0)
     experts = Experts(4, 8, 12)
     x_ND, index_NK, order = torch.randn(20, 8), torch.randint(4, (20, 2)), torch.randperm(20)
-    torch.testing.assert_close(apply_experts(experts, x_ND[order], index_NK[order]), apply_experts(experts, x_ND, index_NK)[order])
+    torch.testing.assert_close(
+        apply_experts(experts, x_ND[order], index_NK[order]), apply_experts(experts, x_ND, index_NK)[order]
+    )

@@ -10,8 +10,16 @@ from pipeline.moe.layer import SETTINGS, build_layer
 from tests.moe import reference
 
 VQ = {
-    "top_k": 1, "balance": 0.01, "codes": 8, "input": "residual", "blend": 0.05, "combine": "sum", "drop_routed": 0.0,
-    "beta": 0.08, "commitment": 0.25, "dead_share": 0.1,
+    "top_k": 1,
+    "balance": 0.01,
+    "codes": 8,
+    "input": "residual",
+    "blend": 0.05,
+    "combine": "sum",
+    "drop_routed": 0.0,
+    "beta": 0.08,
+    "commitment": 0.25,
+    "dead_share": 0.1,
 }
 
 
@@ -37,7 +45,9 @@ def assert_matches(made, mode: str, naive, x_ND: torch.Tensor) -> None:
         if other.grad is None:
             assert one.grad is None or not one.grad.any(), name
         else:
-            torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-3, rtol=1e-2, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                one.grad.double(), other.grad, atol=1e-3, rtol=1e-2, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @settings(max_examples=25, deadline=None)
@@ -50,7 +60,9 @@ def test_sparse_layer_matches_the_loops(tokens, experts, slots, seed):
 
 @pytest.mark.parametrize("source", ["code", "blend", "residual"])
 @pytest.mark.parametrize("combine", ["sum", "gate"])
-@pytest.mark.parametrize(("mode", "naive"), [("both", reference.both), ("router", reference.sparse), ("discrete", reference.discrete)])
+@pytest.mark.parametrize(
+    ("mode", "naive"), [("both", reference.both), ("router", reference.sparse), ("discrete", reference.discrete)]
+)
 def test_vqmoe_matches_the_loops_in_every_mode(source, combine, mode, naive):
     torch.manual_seed(1)
     made = layer("vqmoe", input=source, combine=combine, top_k=2 if combine == "gate" else 1)
@@ -116,10 +128,13 @@ def test_dropping_the_routed_path_leaves_the_discrete_one():
     assert {made.eval()(x_ND, "both").index_NK.shape[1] for _ in range(10)} == {2}
 
 
-@pytest.mark.parametrize(("method", "changes", "words"), [
-    ("smoe", {"top_k": 5}, "top_k is 5: at most model.experts (4)"),
-    ("vqmoe", {"codes": 6}, "codes is 6: must be a multiple of model.experts (4)"),
-])
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("smoe", {"top_k": 5}, "top_k is 5: at most model.experts (4)"),
+        ("vqmoe", {"codes": 6}, "codes is 6: must be a multiple of model.experts (4)"),
+    ],
+)
 def test_settings_that_do_not_fit_the_experts(method, changes, words):
     base = VQ if method == "vqmoe" else {"top_k": 2, "balance": 0.01}
     with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):

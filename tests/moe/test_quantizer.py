@@ -31,7 +31,7 @@ def test_kmeans_survives_constant_input_and_too_few_tokens():
 
 def test_first_training_batch_starts_the_codebook_and_evaluation_does_not():
     torch.manual_seed(0)
-    centres, x_ND = _blobs()
+    _, x_ND = _blobs()
     quantizer = VectorQuantizer(4, 6, 0.0)
     quantizer.eval()(x_ND)
     assert not quantizer.started

@@ -16,7 +16,9 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture
 def begin(tmp_path):
-    return lambda **more: tracking.start(tmp_path, experiment="t", stage="pretrain", name="vqmoe-s0", params={"model.width": 8, "seed": 0}, **more)
+    return lambda **more: tracking.start(
+        tmp_path, experiment="t", stage="pretrain", name="vqmoe-s0", params={"model.width": 8, "seed": 0}, **more
+    )
 
 
 def stored(root, run_id):
@@ -76,7 +78,9 @@ def test_the_model_is_a_logged_model_without_pickles(tmp_path, begin):
     assert not [name for name in files if name.endswith((".pkl", ".pth", ".pickle"))]
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("no\nluck"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no\nluck"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")]
+)
 def test_a_run_that_ends_badly_says_how(tmp_path, begin, error, status):
     with pytest.raises(type(error)), begin() as run:
         run.log({"a": 1.0})

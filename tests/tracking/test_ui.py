@@ -39,8 +39,9 @@ def test_the_pages_are_served_and_a_server_killed_mid_run_loses_nothing(tmp_path
     port = _free_port()
     address = f"http://127.0.0.1:{port}"
     code = f"import pathlib; from pipeline.tracking import serve; serve(pathlib.Path({str(tmp_path)!r}), {port})"
-    server = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         for _ in range(240):
             try:

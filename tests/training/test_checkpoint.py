@@ -11,8 +11,16 @@ from pipeline.training import checkpoint
 @pytest.fixture
 def spec(tiny_params):
     params = tiny_params()
-    return Spec(kind="classifier", method="vqmoe", settings=params.method("vqmoe"), model=params.model, vocabulary=50,
-                labels=("a", "b"), pooling="mean", head_dropout=0.1)
+    return Spec(
+        kind="classifier",
+        method="vqmoe",
+        settings=params.method("vqmoe"),
+        model=params.model,
+        vocabulary=50,
+        labels=("a", "b"),
+        pooling="mean",
+        head_dropout=0.1,
+    )
 
 
 @pytest.fixture
@@ -43,14 +51,17 @@ def test_another_configuration_names_the_key(saved, spec):
         checkpoint.load(folder, spec.model_copy(update={"labels": ("a", "c")}))
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: not found"),
-    (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7]), "damaged"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b""), "damaged"),
-    (lambda folder: (folder / "model.json").unlink(), "model.json: not found"),
-    (lambda folder: (folder / "model.json").write_text("{"), "cannot be read as JSON"),
-    (lambda folder: (folder / "model.json").write_text("[]"), "holds list"),
-])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: not found"),
+        (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7]), "damaged"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "damaged"),
+        (lambda folder: (folder / "model.json").unlink(), "model.json: not found"),
+        (lambda folder: (folder / "model.json").write_text("{"), "cannot be read as JSON"),
+        (lambda folder: (folder / "model.json").write_text("[]"), "holds list"),
+    ],
+)
 def test_damage_is_one_line(saved, spec, damage, words):
     folder, _ = saved
     damage(folder)

@@ -18,8 +18,16 @@ def training(**changes):
 
 def run(model, objective, validate, settings=None):
     logged = []
-    fitted = fit(model, adam(model.parameters(), 0.1), settings or training(), objective=objective, validate=validate,
-                 score="bpc", log=lambda values, step: logged.append((step, values)), label="test")
+    fitted = fit(
+        model,
+        adam(model.parameters(), 0.1),
+        settings or training(),
+        objective=objective,
+        validate=validate,
+        score="bpc",
+        log=lambda values, step: logged.append((step, values)),
+        label="test",
+    )
     return fitted, logged
 
 
