@@ -1,6 +1,8 @@
 """Run one stage: hand it the params it declares, record the run, write its small result."""
 
 import importlib
+import resource
+import time
 from typing import Any
 
 from pipeline import tracking
@@ -18,6 +20,7 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
             raise Failure(f"{path}: not found; run the stage that makes it first (`dvc repro`, or `vqmoe train` for all stages)")
     shown = flat(chosen) | ({"method": cell.method, "seed": cell.seed} if cell else {})
     name = cell.name if cell else stage
+    started = time.monotonic()
     with tracking.start(
         paths.root, experiment=params.tracking.experiment, stage=stage, name=name, params=shown, inputs=paths.inputs(stage, cell)
     ) as run:
@@ -26,7 +29,7 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
             _record_data(run, paths)
         body = importlib.import_module(f"stages.{stage}").run
         metrics = body(chosen, paths, cell, run) if cell else body(chosen, paths, run)
-        run.log(_numbers(metrics))
+        run.log(_numbers(metrics) | _cost(started))
         result = ({"method": cell.method, "seed": cell.seed} if cell else {}) | {"run_id": run.id, "metrics": metrics}
         if stage != "report":
             write_json(paths.result(stage, cell), result)
@@ -34,6 +37,12 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         if cell and (paths.output(stage, cell) / "model.safetensors").exists():
             run.model(paths.output(stage, cell), name=f"{stage}-{name}", metrics=_numbers(metrics))
     return result
+
+
+def _cost(started: float) -> dict[str, float]:
+    """Time of the stage and the largest memory this process has had so far."""
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"cost/seconds": time.monotonic() - started, "cost/peak_memory_mib": peak_kib / 1024}
 
 
 def _upstream_runs(stage: str, paths: Paths, cell: Cell | None) -> dict[str, str]:

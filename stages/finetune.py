@@ -63,7 +63,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
         "test": _scores(classify(model, examples["test"].ids, tokenizer.pad, mode), examples["test"]),
         "flops_per_token": {
             "pretrain": flops_per_token(model.backbone, model.backbone.train_mode, params.model.context),
-            "finetune": flops_per_token(model.backbone, mode, params.model.context),
+            "finetune": flops_per_token(model.backbone, mode, params.model.context, next_token=False),
         },
     }
     if params.finetune.scratch:

@@ -102,5 +102,5 @@ class Paths:
         if stage == "prepare":
             return [self.data, self.result(stage)]
         if stage == "report":
-            return [self.report]
+            return [self.report / "report.md", self.report / "data", self.report / "figures"]
         return [self.output(stage, cell), self.result(stage, cell)]

@@ -17,7 +17,7 @@ REMEDY = "run `dvc repro`"
 
 
 def run(params: SimpleNamespace, paths: Paths, run) -> dict:
-    """Writes report.md, training.csv, severity.csv and the plots; prints the table. Returns no metrics of its own."""
+    """Writes report.md, data/ (CSV) and figures/; prints the table. Returns no metrics of its own."""
     methods, seeds = params.grid.methods, params.grid.seeds
     references = read_json(paths.result("prepare"), REMEDY)["metrics"]["references"]
     cells = {
@@ -31,11 +31,13 @@ def run(params: SimpleNamespace, paths: Paths, run) -> dict:
     severity = _rows(paths, "robustness", "scores.csv", methods, seeds)
     table = comparison(cells, references)
     with output_folder(paths.report) as folder:
-        _write(folder / "training.csv", training)
-        _write(folder / "severity.csv", severity)
+        for part in ("data", "figures"):
+            (folder / part).mkdir()
+        _write(folder / "data/training.csv", training)
+        _write(folder / "data/severity.csv", severity)
         figures = _figures(params, paths, training, severity, references["bits_per_character"])
         for name, figure in figures.items():
-            plots.save(figure, folder / f"{name}.png", params.report.dpi)
+            plots.save(figure, folder / f"figures/{name}.png", params.report.dpi)
         (folder / "report.md").write_text(_text(params, table, list(figures)), encoding="utf-8")
     run.artifact(paths.report)
     table.show()
@@ -62,7 +64,7 @@ def _figures(
             for seed in seeds
         ]
 
-    compressors = {name: references[name] for name in ("gzip", "bz2", "xz")}
+    compressors = {f"{name} (test)": references[name] for name in ("gzip", "bz2", "xz")}
     figures = {"training": plots.training_curves({m: by_seed(training, m) for m in methods}, compressors)}
     kinds = [kind for kind in dict.fromkeys(row["kind"] for row in severity) if kind not in ("clean", "shift")]
     titles = {
@@ -148,12 +150,12 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
         "",
         table.markdown(),
         "",
-        "bpc: bits per character on the test split, lower is better; `bpc discrete` is the same pre-trained model with the "
-        "discrete path alone; `bpc warmed up` is on the fine-tuning domain's validation texts after warm-up, in the mode of "
-        "inference. Noise columns are means over all corruptions and severities, `consistency` the share of experts that noise "
-        "leaves unchanged. Data of the plots: training.csv, severity.csv.",
+        "Bits per character: lower is better. VQMoE pre-trains with both paths and is used with the discrete path alone; a "
+        "method with a router has one mode. Lost to noise: mean over all corruptions and severities, positive when noise hurts; "
+        "experts unchanged: share of a classifier's assignments that noise leaves as they were. Data of the plots: "
+        "data/.",
         "",
-        *(f"![{name}]({name}.png)" for name in figures),
+        *(f"![{name}](figures/{name}.png)" for name in figures),
         "",
     ]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.data.batches import segments
-from pipeline.data.corpora import view
+from pipeline.data.corpora import join
 from pipeline.data.tasks import read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.files import output_folder
@@ -28,7 +28,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
     tokens = {
-        split: tokenizer.encode(" ".join(view(example.text, params.data.view) for example in task.splits[split]))
+        split: tokenizer.encode(join([example.text for example in task.splits[split]], params.data.view))
         for split in ("train", "valid")
     }
     valid = segments(tokens["valid"], context, limit=max(1, settings.validate_tokens // context))
@@ -52,6 +52,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
         score="bpc",
         log=run.log,
         label=f"warmup {cell.name}",
+        keep_start=True,
     )
     after = _measure(model, valid)
     with output_folder(paths.output("warmup", cell)) as folder:

@@ -74,19 +74,20 @@ def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
     assert ("bpc_discrete" in pretrain["test"]) is (method == "vqmoe")
     assert 0 < pretrain["test"]["bpc"] < 9
     warmup = json.loads((workspace / f"results/warmup/{method}-s0.json").read_text())["metrics"]
-    assert warmup["after"]["bpc"] <= warmup["before"]["bpc"] + 0.5
+    assert warmup["after"]["bpc"] <= warmup["before"]["bpc"] + 0.1
     assert ("code_utilisation" in warmup["after"]) is (method == "vqmoe")
     finetune = json.loads((workspace / f"results/finetune/{method}-s0.json").read_text())["metrics"]
     assert set(finetune["test"]) == set(finetune["scratch"]) == {"nats", "accuracy", "macro_f1"}
     flops = finetune["flops_per_token"]
-    assert (flops["finetune"] < flops["pretrain"]) is (method == "vqmoe")
+    assert flops["finetune"] < flops["pretrain"]
     report = (workspace / "report/report.md").read_text()
-    assert f"| {method} |" in report
+    assert f"| measure | {method} | to compare with |" in report
+    assert "| test bits per character |" in report
     assert "TF-IDF" in result.output
     for name in ("training", "robustness-warmed-up", "robustness-classifier", "expert-load"):
-        assert (workspace / f"report/{name}.png").stat().st_size > 5000
-        assert f"]({name}.png)" in report
-    assert (workspace / "report/code-load.png").exists() is (method == "vqmoe")
+        assert (workspace / f"report/figures/{name}.png").stat().st_size > 5000
+        assert f"](figures/{name}.png)" in report
+    assert (workspace / "report/figures/code-load.png").exists() is (method == "vqmoe")
     assert no_leftovers(workspace)
 
 

@@ -35,7 +35,7 @@ class Table(NamedTuple):
         console.print(table)
 
 
-def mean(values: Iterable[float], digits: int, scale: float = 1.0) -> str:
+def mean(values: Iterable[float | None], digits: int, scale: float = 1.0) -> str:
     """Mean over seeds, with the standard deviation where there are several."""
     array = np.array(list(values), dtype=float) * scale
     if len(array) == 1:
@@ -44,59 +44,54 @@ def mean(values: Iterable[float], digits: int, scale: float = 1.0) -> str:
 
 
 def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], references: Mapping[str, Any]) -> Table:
-    """One row per method: `cells[method][stage]` lists that stage's metrics, one entry per seed.
+    """One row per measure and one column per method: `cells[method][stage]` lists that stage's metrics, one per seed.
 
-    `references` are the scores of compressors and TF-IDF from `prepare`, shown as rows of their own.
+    The last column names what a score has to be compared with: compressors and TF-IDF, `references` from `prepare`.
     """
-    heads = (
-        "method",
-        "test bpc",
-        "bpc discrete",
-        "bpc warmed up",
-        "era accuracy %",
-        "macro-F1 %",
-        "no pre-training %",
-        "bpc lost to noise",
-        "accuracy points lost",
-        "consistency %",
-        "MFLOPs/token pre-train",
-        "fine-tune",
-    )
-    rows = []
-    for method, stages in cells.items():
-        tests = [entry["test"] for entry in stages["pretrain"]]
-        tuned, robust = stages["finetune"], stages["robustness"]
-        rows.append(
-            (
-                method,
-                mean((test["bpc"] for test in tests), 3),
-                mean((test["bpc_discrete"] for test in tests), 3) if "bpc_discrete" in tests[0] else "",
-                mean((entry["after"]["bpc"] for entry in stages["warmup"]), 3),
-                mean((entry["test"]["accuracy"] for entry in tuned), 1, 100),
-                mean((entry["test"]["macro_f1"] for entry in tuned), 1, 100),
-                mean((entry["scratch"]["accuracy"] for entry in tuned), 1, 100) if "scratch" in tuned[0] else "",
-                mean((entry["warmed-up"]["degradation"] for entry in robust), 3),
-                mean((entry["classifier"]["degradation"] for entry in robust), 1, 100),
-                mean((entry["warmed-up"]["consistency"] for entry in robust), 1, 100),
-                mean((entry["flops_per_token"]["pretrain"] for entry in tuned), 2, 1e-6),
-                mean((entry["flops_per_token"]["finetune"] for entry in tuned), 2, 1e-6),
-            )
-        )
-    blank = ("",) * (len(heads) - 2)
-    rows += [(name, f"{value:.3f}", *blank) for name, value in references["bits_per_character"].items()]
+    compressors = ", ".join(f"{name} {value:.3f}" for name, value in references["bits_per_character"].items())
     tfidf = references["tfidf"]
-    rows.append(
+    # Measure, stage, keys into its metrics, digits, scale, what to compare with.
+    measures: list[tuple[str, str, tuple[str, ...], int, float, str]] = [
+        ("test bits per character", "pretrain", ("test", "bpc"), 3, 1, compressors),
+        ("- discrete path alone", "pretrain", ("test", "bpc_discrete"), 3, 1, ""),
+        ("- task's texts, before warm-up", "warmup", ("before", "bpc"), 3, 1, "mode of inference"),
+        ("- task's texts, after warm-up", "warmup", ("after", "bpc"), 3, 1, "mode of inference"),
+        ("codebook utilisation %", "warmup", ("after", "code_utilisation"), 0, 100, ""),
+        ("codebook perplexity", "warmup", ("after", "code_perplexity"), 2, 1, ""),
+        ("quantization error, before warm-up", "warmup", ("before", "code_error"), 3, 1, "squared, per element"),
+        ("quantization error, after warm-up", "warmup", ("after", "code_error"), 3, 1, "squared, per element"),
+        ("test accuracy %", "finetune", ("test", "accuracy"), 1, 100, f"TF-IDF {100 * tfidf['accuracy']:.1f}"),
+        ("test macro-F1 %", "finetune", ("test", "macro_f1"), 1, 100, f"TF-IDF {100 * tfidf['macro_f1']:.1f}"),
         (
-            "TF-IDF + logistic regression",
-            "",
-            "",
-            "",
-            f"{100 * tfidf['accuracy']:.1f}",
-            f"{100 * tfidf['macro_f1']:.1f}",
-            *blank[4:],
-        )
-    )
-    return Table("Methods compared", heads, rows)
+            "- accuracy without pre-training %",
+            "finetune",
+            ("scratch", "accuracy"),
+            1,
+            100,
+            f"majority {100 * tfidf['majority']:.1f}",
+        ),
+        ("- macro-F1 without pre-training %", "finetune", ("scratch", "macro_f1"), 1, 100, ""),
+        ("bits per character lost to noise", "robustness", ("warmed-up", "degradation"), 3, 1, "mode of inference"),
+        ("accuracy points lost to noise", "robustness", ("classifier", "degradation"), 1, 100, ""),
+        ("experts unchanged by noise %", "robustness", ("classifier", "consistency"), 1, 100, ""),
+        ("accuracy points lost on raw text", "robustness", ("classifier", "shift"), 1, 100, ""),
+        ("parameters, million", "pretrain", ("parameters",), 2, 1e-6, ""),
+        ("MFLOPs per token, pre-training", "finetune", ("flops_per_token", "pretrain"), 2, 1e-6, "forward pass"),
+        ("MFLOPs per token, fine-tuning", "finetune", ("flops_per_token", "finetune"), 2, 1e-6, "forward pass"),
+    ]
+    rows = []
+    for measure, stage, keys, digits, scale, note in measures:
+        values = [[_at(entry, keys) for entry in stages[stage]] for stages in cells.values()]
+        if any(None not in seeds for seeds in values):
+            rows.append((measure, *("" if None in seeds else mean(seeds, digits, scale) for seeds in values), note))
+    return Table("Methods compared", ("measure", *cells, "to compare with"), rows)
+
+
+def _at(metrics: Mapping[str, Any], keys: Sequence[str]) -> float | None:
+    value: Any = metrics
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def show_run(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:

@@ -14,8 +14,8 @@ def _grouped_mm(x_shape: torch.Size, weight_shape: torch.Size, *args: object, ou
 
 
 @torch.no_grad()
-def flops_per_token(model: Transformer, mode: Mode, length: int) -> float:
-    """Active FLOPs per token of one sequence of `length` tokens, embeddings to next-token scores.
+def flops_per_token(model: Transformer, mode: Mode, length: int, next_token: bool = True) -> float:
+    """Active FLOPs per token of one sequence of `length` tokens, to next-token scores or only to the last hidden states.
 
     Counts matrix products and attention (what torch counts), the quantizer's distances and the router included.
     """
@@ -23,6 +23,8 @@ def flops_per_token(model: Transformer, mode: Mode, length: int) -> float:
     was_training = model.training
     model.eval()
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm}) as counter:
-        model.logits(model(tokens_BT, mode).state_BTD)
+        state_BTD = model(tokens_BT, mode).state_BTD
+        if next_token:
+            model.logits(state_BTD)
     model.train(was_training)
     return counter.get_total_flops() / length

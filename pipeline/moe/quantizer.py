@@ -66,16 +66,17 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def repair(self, x_ND: Tensor) -> None:
-        """Fit the codebook to these tokens, keeping each code's meaning: Lloyd's rounds from where the codes are.
+        """Give every code tokens: those that none of these tokens uses move to where tokens are far from the others.
 
-        A code that no token uses is first re-seeded far from the others. An unstarted codebook is started.
+        Codes in use stay, since experts have learnt what they stand for. An unstarted codebook is started.
         """
         if not self.started:
             self.start(x_ND)
             return
         used_C = torch.bincount(self.nearest(x_ND), minlength=self.codes) > 0
-        self.codebook_CD.copy_(kmeans(x_ND, self.codes, kept_CD=self.codebook_CD[used_C], kept_C=used_C))
-        self.share_C.fill_(1 / self.codes)
+        if not used_C.all():
+            self.codebook_CD.copy_(kmeans(x_ND, self.codes, kept_CD=self.codebook_CD[used_C], kept_C=used_C))
+            self.share_C.fill_(1 / self.codes)
 
     def freeze(self) -> None:
         """No code moves any more: neither by gradient nor by re-seeding. Saved with the model."""
@@ -94,7 +95,7 @@ class VectorQuantizer(nn.Module):
 def kmeans(x_ND: Tensor, codes: int, kept_CD: Tensor | None = None, kept_C: Tensor | None = None) -> Tensor:
     """Centres (C, D) after k-means++ seeding and Lloyd's rounds; random draws from torch's generator.
 
-    With `kept_CD`, the codes where `kept_C` is true start from those centres and only the others are seeded.
+    With `kept_CD`, the codes where `kept_C` is true have those centres and keep them.
     """
     if kept_CD is None or kept_C is None:
         kept_CD, kept_C = x_ND[:0], torch.zeros(codes, dtype=torch.bool, device=x_ND.device)
@@ -111,7 +112,8 @@ def kmeans(x_ND: Tensor, codes: int, kept_CD: Tensor | None = None, kept_C: Tens
         code_N = _nearest(x_ND, centre_CD)
         count_C = torch.bincount(code_N, minlength=codes)
         sum_CD = torch.zeros_like(centre_CD).index_add_(0, code_N, x_ND)
-        centre_CD = torch.where(count_C[:, None] > 0, sum_CD / count_C.clamp(min=1)[:, None], centre_CD)
+        moves_C = (count_C > 0) & ~kept_C
+        centre_CD = torch.where(moves_C[:, None], sum_CD / count_C.clamp(min=1)[:, None], centre_CD)
     return centre_CD
 
 

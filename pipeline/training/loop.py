@@ -37,12 +37,18 @@ def fit(
     score: str,
     log: Log,
     label: str,
+    keep_start: bool = False,
 ) -> Fitted:
     """Train for `training.steps` steps; the model ends with the weights of its best validation (lowest `score`).
 
-    `objective(step)` returns the loss to minimise and its named parts. Raises Failure when the loss is not finite.
+    `objective(step)` returns the loss to minimise and its named parts. With `keep_start` the weights it came with count
+    as step 0, so that training never makes a model worse. Raises Failure when the loss is not finite.
     """
     best_score, best_step, best, best_state = math.inf, 0, {}, {}
+    if keep_start:
+        model.eval()
+        best = validate()
+        best_score, best_state = best[score], {name: tensor.clone() for name, tensor in model.state_dict().items()}
     history: list[dict[str, float]] = []
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}

@@ -83,4 +83,5 @@ def test_flops_by_hand(tiny_params, seeded):
     distances = 2 * m.width * params.method("vqmoe").codes
     assert flops_per_token(routed, "router", length) == m.layers * (attention + 2 * expert + router) + scores
     assert flops_per_token(discrete, "both", length) == m.layers * (attention + 2 * expert + router + distances) + scores
+    assert flops_per_token(discrete, "discrete", length, next_token=False) == m.layers * (attention + expert + distances)
     assert flops_per_token(discrete, "discrete", length) == m.layers * (attention + expert + distances) + scores

@@ -76,7 +76,7 @@ def test_codebook_learns_from_its_loss():
     assert quantizer(x_ND).codebook_loss.item() < 0.1 * before
 
 
-def test_repair_brings_dead_codes_back_and_keeps_the_living_ones_in_place():
+def test_repair_brings_dead_codes_back_and_leaves_the_living_ones():
     torch.manual_seed(0)
     centres, x_ND = _blobs()
     quantizer = VectorQuantizer(4, 6, 0.0).train()
@@ -85,8 +85,21 @@ def test_repair_brings_dead_codes_back_and_keeps_the_living_ones_in_place():
         quantizer.codebook_CD[3] = 1000.0
     quantizer.started.fill_(True)
     quantizer.repair(x_ND)
-    assert torch.cdist(centres, quantizer.codebook_CD).argmin(1).tolist() == [0, 1, 2, 3]
+    assert torch.equal(quantizer.codebook_CD[:3], (centres + 0.2)[:3])
+    assert torch.cdist(centres[3:], quantizer.codebook_CD[3:]).item() < 0.1
     assert torch.bincount(quantizer.nearest(x_ND), minlength=4).tolist() == [50, 50, 50, 50]
+    repaired = quantizer.codebook_CD.clone()
+    quantizer.repair(x_ND)
+    assert torch.equal(quantizer.codebook_CD, repaired)
+
+
+def test_repair_starts_an_unstarted_codebook():
+    torch.manual_seed(0)
+    centres, x_ND = _blobs()
+    quantizer = VectorQuantizer(4, 6, 0.0)
+    quantizer.repair(x_ND)
+    assert quantizer.started
+    assert torch.cdist(centres, quantizer.codebook_CD).amin(1).max() < 0.1
 
 
 def test_state_survives_save_and_load():

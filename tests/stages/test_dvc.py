@@ -25,9 +25,9 @@ def test_params_inputs_outputs_and_code(stage):
     cell = CELL if grid else None
     assert declared["params"] == [*SECTIONS[stage], *(["methods.${item.method}"] if grid else [])]
     assert (declared.get("matrix") == {"method": "${grid.methods}", "seed": "${grid.seeds}"}) is grid
-    embedded = ["data/sotu.jsonl.xz"] if stage == "prepare" else []
+    embedded = ["data"] if stage == "prepare" else []
     assert set(declared["deps"]) == {*embedded, *map(str, PATHS.inputs(stage, cell)), *COMMON_CODE, *CODE[stage]}
-    outputs = [*declared.get("outs", []), *_names(declared.get("metrics", [])), *_names(declared.get("plots", []))]
+    outputs = [*_names(declared.get("outs", [])), *_names(declared.get("metrics", [])), *_names(declared.get("plots", []))]
     assert outputs == list(map(str, PATHS.outputs(stage, cell)))
     assert declared["cmd"] == f"PYTHONPATH=. vqmoe {stage}" + (" --method ${item.method} --seed ${item.seed}" if grid else "")
 

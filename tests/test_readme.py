@@ -1,0 +1,51 @@
+"""What the README claims: its table is the report's, its tree is the repository's, its router works."""
+
+import re
+import subprocess
+import types
+
+import torch
+
+from pipeline.moe import layer
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def _rows(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_table_is_the_reports():
+    report = (REPOSITORY / "report/report.md").read_text()
+    assert _rows(report)
+    for row in _rows(report):
+        assert row in README
+
+
+def test_the_tree_names_every_file_and_no_other():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
+    (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.S)
+    named = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    # Tests mirror the packages and results are the runs': their folders stand for their files.
+    folders = {name for name in named if name.endswith("/")}
+    files = {path for path in tracked if not any(path.startswith(folder) for folder in folders)}
+    files = {path for path in files if (REPOSITORY / path).exists() and (REPOSITORY / path).stat().st_size}
+    assert named - folders == files
+    assert all((REPOSITORY / folder).is_dir() for folder in folders)
+
+
+def test_the_router_of_the_example_works(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(code.splitlines()) <= 40
+    module = types.ModuleType("switch")
+    exec(code, module.__dict__)
+    monkeypatch.setitem(layer.ROUTERS, "switch", module.Switch)
+    torch.manual_seed(0)
+    settings = module.Switch.Settings(balance=0.01)
+    settings.check(4)
+    made = layer.build_layer("switch", settings, width=8, experts=4, hidden=12, dropout=0.0)
+    output = made(torch.randn(20, 8), "router")
+    assert output.y_ND.shape == (20, 8)
+    output.y_ND.square().sum().backward()
+    assert made.router.scores.weight.grad.abs().max() > 0
