@@ -28,10 +28,12 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         if stage != "prepare":
             _record_data(run, paths)
         body = importlib.import_module(f"stages.{stage}").run
-        metrics = body(chosen, paths, cell, run) if cell else body(chosen, paths, run)
+        metrics = body(chosen, paths, cell, run.log) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
         result = ({"method": cell.method, "seed": cell.seed} if cell else {}) | {"run_id": run.id, "metrics": metrics}
-        if stage != "report":
+        if stage == "report":
+            run.artifact(paths.report)
+        else:
             write_json(paths.result(stage, cell), result)
         run.outputs(paths.outputs(stage, cell))
         if cell and (paths.output(stage, cell) / "model.safetensors").exists():

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-import numpy as np
+import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
 from torch import Tensor
@@ -16,7 +16,7 @@ from pipeline.models.flops import flops_per_token
 from pipeline.models.heads import Classifier
 from pipeline.training import checkpoint
 from pipeline.training.history import write_history
-from pipeline.training.loop import Fitted, fit
+from pipeline.training.loop import Fitted, Log, fit
 from pipeline.training.objectives import classification_objective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
@@ -38,7 +38,7 @@ def classifier(params: SimpleNamespace, cell: Cell, vocabulary: int, task: Task)
     )
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token of both phases."""
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
@@ -55,7 +55,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
     )
     for layer in model.backbone.moe_layers:
         layer.freeze_assignment()
-    fitted = _fit(model, params, cell, examples, tokenizer.pad, run, "finetune")
+    fitted = _fit(model, params, cell, examples, tokenizer.pad, log, "finetune")
     mode = model.backbone.infer_mode
     metrics = {
         "best_step": fitted.best_step,
@@ -69,7 +69,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
     if params.finetune.scratch:
         seed_everything(cell.seed, "scratch")
         fresh = build(spec)
-        _fit(fresh, params, cell, examples, tokenizer.pad, run, "scratch")
+        _fit(fresh, params, cell, examples, tokenizer.pad, log, "scratch")
         metrics["scratch"] = _scores(classify(fresh, examples["test"].ids, tokenizer.pad, mode), examples["test"])
     with output_folder(paths.output("finetune", cell)) as folder:
         checkpoint.save(folder, model, spec)
@@ -78,7 +78,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
 
 
 def _fit(
-    model: Classifier, params: SimpleNamespace, cell: Cell, examples: dict[str, Examples], pad: int, run, phase: str
+    model: Classifier, params: SimpleNamespace, cell: Cell, examples: dict[str, Examples], pad: int, log: Log, phase: str
 ) -> Fitted:
     settings, mode = params.finetune, model.backbone.infer_mode
     prefix = "" if phase == "finetune" else f"{phase}/"
@@ -89,16 +89,15 @@ def _fit(
         objective=classification_objective(model, examples["train"], batch=settings.batch, seed=cell.seed, pad=pad, mode=mode),
         validate=lambda: _scores(classify(model, examples["valid"].ids, pad, mode), examples["valid"]),
         score="nats",
-        log=lambda values, step: run.log({prefix + name: value for name, value in values.items()}, step),
+        log=lambda values, step: log({prefix + name: value for name, value in values.items()}, step),
         label=f"{phase} {cell.name}",
     )
 
 
 def _scores(scores_PL: Tensor, examples: Examples) -> dict[str, float]:
-    labels = np.asarray(examples.labels)
     predicted = scores_PL.argmax(1).numpy()
     return {
-        "nats": F.cross_entropy(scores_PL, Tensor(labels).long()).item(),
-        "accuracy": float((predicted == labels).mean()),
-        "macro_f1": float(f1_score(labels, predicted, average="macro")),
+        "nats": F.cross_entropy(scores_PL, torch.from_numpy(examples.labels)).item(),
+        "accuracy": float((predicted == examples.labels).mean()),
+        "macro_f1": float(f1_score(examples.labels, predicted, average="macro")),
     }

@@ -12,7 +12,7 @@ from pipeline.progress import Progress
 from stages.paths import Paths
 
 
-def run(params: SimpleNamespace, paths: Paths, run) -> dict:
+def run(params: SimpleNamespace, paths: Paths) -> dict:
     """Returns counts and the references: bits per character of compressors on test, TF-IDF's accuracy."""
     data = params.data
     with Progress("prepare", total=5, unit="step") as progress:

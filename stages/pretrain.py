@@ -9,7 +9,7 @@ from pipeline.models.build import Spec, build
 from pipeline.models.flops import flops_per_token
 from pipeline.training import checkpoint
 from pipeline.training.history import write_history
-from pipeline.training.loop import fit
+from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
@@ -22,7 +22,7 @@ def language_model(params: SimpleNamespace, cell: Cell, vocabulary: int) -> Spec
     return Spec(kind="language-model", method=cell.method, settings=params.method, model=params.model, vocabulary=vocabulary)
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """Returns metrics: bits per character on valid and test in each mode the method is used in, size, FLOPs, load."""
     context, settings = params.model.context, params.pretrain
     tokens = {split: open_tokens(paths.data / f"{split}.npy") for split in ("train", "valid", "test")}
@@ -38,7 +38,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
         objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
         validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
         score="bpc",
-        log=run.log,
+        log=log,
         label=f"pretrain {cell.name}",
     )
     tally = RoutingTally(model)

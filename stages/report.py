@@ -16,7 +16,7 @@ from stages.paths import GRID_STAGES, Cell, Paths
 REMEDY = "run `dvc repro`"
 
 
-def run(params: SimpleNamespace, paths: Paths, run) -> dict:
+def run(params: SimpleNamespace, paths: Paths) -> dict:
     """Writes report.md, data/ (CSV) and figures/; prints the table. Returns no metrics of its own."""
     methods, seeds = params.grid.methods, params.grid.seeds
     references = read_json(paths.result("prepare"), REMEDY)["metrics"]["references"]
@@ -39,7 +39,6 @@ def run(params: SimpleNamespace, paths: Paths, run) -> dict:
         for name, figure in figures.items():
             plots.save(figure, folder / f"figures/{name}.png", params.report.dpi)
         (folder / "report.md").write_text(_text(params, table, list(figures)), encoding="utf-8")
-    run.artifact(paths.report)
     table.show()
     print(f"Report: {paths.report / 'report.md'}\nCompare the runs in the browser: vqmoe ui")
     return {}

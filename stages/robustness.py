@@ -27,6 +27,7 @@ from pipeline.models.transformer import Transformer
 from pipeline.moe.layer import Mode
 from pipeline.progress import Progress
 from pipeline.training import checkpoint
+from pipeline.training.loop import Log
 from pipeline.training.validation import RoutingTally, bits_per_character
 from stages.finetune import classifier
 from stages.paths import Cell, Paths
@@ -35,7 +36,7 @@ from stages.pretrain import language_model
 Row = dict[str, str | float]
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """Writes scores.csv (a row per model, corruption and severity) and load.csv; returns means over the corruptions.
 
     Models: `pretrained` is the language model in its training mode, `warmed-up` the one after warm-up in the mode of
@@ -66,7 +67,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
         if row["kind"] in params.robustness.kinds:
             values = {f"{row['model']}/{row['kind']}/{name}": row[name] for name in ("score", "degradation", "consistency")}
             # The x axis of an MLflow chart is the step: severity in tenths of a percent.
-            run.log(values, step=round(1000 * row["rate"]))
+            log(values, step=round(1000 * row["rate"]))
     with output_folder(paths.output("robustness", cell)) as folder:
         _write(folder / "scores.csv", scores)
         _write(folder / "load.csv", load)

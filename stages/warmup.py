@@ -13,7 +13,7 @@ from pipeline.files import output_folder
 from pipeline.models.transformer import Transformer
 from pipeline.training import checkpoint
 from pipeline.training.history import write_history
-from pipeline.training.loop import fit
+from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
@@ -22,7 +22,7 @@ from stages.paths import Cell, Paths
 from stages.pretrain import language_model
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """Returns metrics before and after on the domain's validation texts: bits per character, load, codebook measures."""
     context, settings = params.model.context, params.warmup
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
@@ -50,7 +50,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, run) -> dict:
         objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
         validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
         score="bpc",
-        log=run.log,
+        log=log,
         label=f"warmup {cell.name}",
         keep_start=True,
     )

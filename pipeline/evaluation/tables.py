@@ -1,5 +1,6 @@
 """Tables of results: plain rows first, then as text on the terminal and as Markdown."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from rich.table import Table as RichTable
 
 
 class Table(NamedTuple):
-    """A title, column heads and rows of ready-made text; the first column is left-aligned."""
+    """A title, column heads and rows of ready-made text."""
 
     title: str
     heads: Sequence[str]
@@ -18,9 +19,12 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         lines = [f"### {self.title}", "", "| " + " | ".join(self.heads) + " |"]
-        lines.append("|" + "|".join(["---"] + ["---:"] * (len(self.heads) - 1)) + "|")
+        lines.append("|" + "|".join("---:" if self._numeric(column) else "---" for column in range(len(self.heads))) + "|")
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join(lines)
+
+    def _numeric(self, column: int) -> bool:
+        return all(re.fullmatch(r"(-?[\d.]+( \+/- [\d.]+)?)?", row[column]) for row in self.rows)
 
     def show(self) -> None:
         """Print on the terminal; where the output is no terminal, wide enough that nothing is cut."""
@@ -28,8 +32,10 @@ class Table(NamedTuple):
         if not console.is_terminal:
             console = Console(width=160)
         table = RichTable(title=self.title, title_justify="left")
-        for number, head in enumerate(self.heads):
-            table.add_column(head, justify="right" if number else "left")
+        for column, head in enumerate(self.heads):
+            # On a narrow terminal numbers stay whole, words give way.
+            numeric = self._numeric(column)
+            table.add_column(head, justify="right" if numeric else "left", no_wrap=numeric)
         for row in self.rows:
             table.add_row(*row)
         console.print(table)

@@ -21,20 +21,7 @@ FLUSH_SECONDS = 2.0
 BREAK_SECONDS = 30.0
 
 
-class NullRun:
-    """A run that records nothing."""
-
-    id = "none"
-
-    def log(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
-    def dataset(self, name: str, path: Path, context: str, profile: Mapping[str, Any]) -> None: ...
-    def upstream(self, runs: Mapping[str, str]) -> None: ...
-    def artifact(self, path: Path) -> None: ...
-    def model(self, folder: Path, name: str, metrics: Mapping[str, float]) -> None: ...
-    def outputs(self, paths: Iterable[Path]) -> None: ...
-
-
-class Run(NullRun):
+class Run:
     """Sends to MLflow what it is given. A store that fails costs a warning and a pause, never the run:
 
     points that could not be sent are kept in a spool file, one JSON object per line.
