@@ -9,9 +9,10 @@ repro: setup  ## set up, then run the whole pipeline
 setup: .venv/installed  ## install into .venv
 
 .venv/installed: pyproject.toml
+	@echo "Installing into .venv: a minute or two, up to 3 GB of downloads"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip
-	.venv/bin/pip install --quiet --editable '.[dev]'
+	PYTHONWARNINGS=ignore .venv/bin/pip install --quiet --editable '.[dev]'
 	touch $@
 
 test: lint  ## all tests

@@ -28,7 +28,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.errors import UsageError
 
 Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
@@ -37,7 +37,7 @@ Corruption = Literal["swap", "delete", "insert", "replace", "keyboard"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class MethodSettings(Protocol):
@@ -111,6 +111,7 @@ class Warmup(Training):
 
 
 class Finetune(Training):
+    crop: Count
     validate_passages: Count
     weight_decay: Annotated[float, Field(ge=0)]
     pooling: Literal["last", "mean"]
@@ -175,9 +176,11 @@ class Params(Section):
         return typed
 
     @model_validator(mode="after")
-    def _grid_names_methods(self) -> "Params":
+    def _sections_agree(self) -> "Params":
         for name in self.grid.methods:
             self.method(name)
+        if self.finetune.crop > self.model.context:
+            raise ValueError(f"finetune.crop is {self.finetune.crop}: at most model.context ({self.model.context})")
         return self
 
     def method(self, name: str) -> Any:
@@ -219,8 +222,8 @@ def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterabl
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
-    except YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, ValueError) as error:  # ValueError: something like a date, but none
+        raise UsageError(f"{path}: not valid YAML{_problem(error)}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: holds {type(raw).__name__}, expected sections ({', '.join(Params.model_fields)})")
     for override in overrides:
@@ -269,7 +272,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise UsageError(f"-S {override}: expected section.key=value, for example -S pretrain.steps=200")
     try:
         value = YAML(typ="safe").load(text)
-    except YAMLError:
+    except (YAMLError, ValueError):
         raise UsageError(f"-S {override}: '{text}' is not a YAML value") from None
     *sections, last = key.strip().split(".")
     part = raw
@@ -278,6 +281,17 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise UsageError(f"-S {override}: there is no section '{section}'{_nearest(section, part)}")
         part = part[section]
     part[last] = value
+
+
+_SECTION = "input should be a section of keys and values"
+# Where pydantic speaks of Python's types, YAML's words.
+_EXPECTED = {"tuple_type": "input should be a list, such as [a, b]", "model_type": _SECTION, "dict_type": _SECTION}
+
+
+def _problem(error: Exception) -> str:
+    """Where and what, out of the many lines of a YAML error."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    return f"{f', line {mark.line + 1}' if mark else ''}: {problem.splitlines()[0]}"
 
 
 def _line(error: ValidationError, above: tuple[str, ...], raw: Any, model: type[BaseModel]) -> str:
@@ -293,7 +307,8 @@ def _line(error: ValidationError, above: tuple[str, ...], raw: Any, model: type[
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{where + ': ' if where else ''}{reason}{more}"
-    return f"{where} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+    expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    return f"{where} is {first['input']!r}: {expected}{more}"
 
 
 def _fields(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

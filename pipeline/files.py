@@ -1,10 +1,11 @@
 """Files that are either whole or absent: written under a temporary name beside the target, then renamed."""
 
+import csv
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON. NaN and infinities are refused: they are not JSON."""
     with output_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, into a folder that is not final yet; a value that a row lacks stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_json(path: Path, remedy: str) -> Any:

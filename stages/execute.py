@@ -75,10 +75,8 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def train(params: Params, paths: Paths, cell: Cell) -> dict[str, dict[str, Any]]:
-    """All stages of one cell in this process; data is prepared first where the folder has none. Results by stage."""
-    results = {}
-    if not paths.result("prepare").exists():
-        results["prepare"] = execute("prepare", params, paths)
+    """All stages of one cell in this process, from the data on. Results by stage."""
+    results = {"prepare": execute("prepare", params, paths)}
     for stage in GRID_STAGES:
         results[stage] = execute(stage, params, paths, cell)
     return results

@@ -10,12 +10,11 @@ from torch import Tensor
 from pipeline.data.batches import Examples, encode_examples, spaced
 from pipeline.data.tasks import Task, read_task
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.files import output_folder
+from pipeline.files import output_folder, write_rows
 from pipeline.models.build import Spec, build
 from pipeline.models.flops import flops_per_token
 from pipeline.models.heads import Classifier
 from pipeline.training import checkpoint
-from pipeline.training.history import write_history
 from pipeline.training.loop import Fitted, Log, fit
 from pipeline.training.objectives import classification_objective
 from pipeline.training.optim import adam
@@ -44,7 +43,10 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     task = read_task(paths.data / "task.jsonl")
     chosen = task.splits | {"valid": spaced(task.splits["valid"], params.finetune.validate_passages)}
     examples = {
-        split: encode_examples(passages, task.labels, tokenizer, params.data.view, params.model.context)
+        # Training crops passages anew in every batch; scores are those of a passage's start.
+        split: encode_examples(
+            passages, task.labels, tokenizer, params.data.view, None if split == "train" else params.model.context
+        )
         for split, passages in chosen.items()
     }
     spec = classifier(params, cell, tokenizer.size, task)
@@ -73,7 +75,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         metrics["scratch"] = _scores(classify(fresh, examples["test"].ids, tokenizer.pad, mode), examples["test"])
     with output_folder(paths.output("finetune", cell)) as folder:
         checkpoint.save(folder, model, spec)
-        write_history(folder / "history.csv", fitted.history)
+        write_rows(folder / "history.csv", fitted.history)
     return metrics
 
 
@@ -86,7 +88,9 @@ def _fit(
         model,
         adam(model.parameters(), settings.learning_rate, settings.weight_decay),
         settings,
-        objective=classification_objective(model, examples["train"], batch=settings.batch, seed=cell.seed, pad=pad, mode=mode),
+        objective=classification_objective(
+            model, examples["train"], batch=settings.batch, crop=settings.crop, seed=cell.seed, pad=pad, mode=mode
+        ),
         validate=lambda: _scores(classify(model, examples["valid"].ids, pad, mode), examples["valid"]),
         score="nats",
         log=lambda values, step: log({prefix + name: value for name, value in values.items()}, step),

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from pipeline.data.batches import write_tokens
-from pipeline.data.corpora import SPLITS, join, load_corpus
+from pipeline.data.corpora import SPLITS, join, load_corpus, streams
 from pipeline.data.references import compressors, tfidf, unigram_entropy
 from pipeline.data.tasks import load_task, write_task
 from pipeline.data.tokenizers import Tokenizer
@@ -20,7 +20,7 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         task = load_task(data.task, corpus, paths.root, params.prepare.passage)
         progress.advance()
         tokenizer = Tokenizer.bytes()
-        texts = {split: join([document.text for document in corpus[split]], data.view) for split in SPLITS}
+        texts = streams(corpus, data.view)
         tokens = {split: tokenizer.encode(text) for split, text in texts.items()}
         progress.advance()
         references = {

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 from pipeline.data.batches import open_tokens, segments
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.files import output_folder
+from pipeline.files import output_folder, write_rows
 from pipeline.models.build import Spec, build
 from pipeline.models.flops import flops_per_token
+from pipeline.models.transformer import Hidden
+from pipeline.progress import Progress
 from pipeline.training import checkpoint
-from pipeline.training.history import write_history
 from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
@@ -41,19 +42,26 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         log=log,
         label=f"pretrain {cell.name}",
     )
-    tally = RoutingTally(model)
-    test = segments(tokens["test"], context)
+    test, tally, scores = segments(tokens["test"], context), RoutingTally(model), {}
+    names = {mode: "bpc"} | ({} if model.infer_mode == mode else {model.infer_mode: f"bpc_{model.infer_mode}"})
+    with Progress(f"test {cell.name}", total=len(names) * len(test), unit="segment") as progress:
+
+        def watch(hidden: Hidden) -> None:
+            progress.advance(len(hidden.state_BTD))
+            if not scores:  # routing is that of the training mode, which comes first
+                tally(hidden)
+
+        for scored, name in names.items():
+            scores[name] = bits_per_character(model, test, scored, watch)
     metrics = {
         "best_step": fitted.best_step,
         "valid": fitted.best,
-        "test": {"bpc": bits_per_character(model, test, mode, watch=tally)},
+        "test": scores,
         "routing": tally.summary(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_per_token": flops_per_token(model, mode, context),
     }
-    if model.infer_mode != mode:
-        metrics["test"][f"bpc_{model.infer_mode}"] = bits_per_character(model, test, model.infer_mode)
     with output_folder(paths.output("pretrain", cell)) as folder:
         checkpoint.save(folder, model, spec)
-        write_history(folder / "history.csv", fitted.history)
+        write_rows(folder / "history.csv", fitted.history)
     return metrics

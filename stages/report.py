@@ -1,7 +1,6 @@
 """Compare the methods of the grid: one table, printed and as Markdown, and plots, with the data of each as CSV."""
 
 import csv
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from pipeline.errors import Failure
 from pipeline.evaluation import plots
 from pipeline.evaluation.tables import Table, comparison
-from pipeline.files import output_folder, read_json
+from pipeline.files import output_folder, read_json, write_rows
 from stages.paths import GRID_STAGES, Cell, Paths
 
 REMEDY = "run `dvc repro`"
@@ -33,8 +32,8 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
     with output_folder(paths.report) as folder:
         for part in ("data", "figures"):
             (folder / part).mkdir()
-        _write(folder / "data/training.csv", training)
-        _write(folder / "data/severity.csv", severity)
+        write_rows(folder / "data/training.csv", training)
+        write_rows(folder / "data/severity.csv", severity)
         figures = _figures(params, paths, training, severity, references["bits_per_character"])
         for name, figure in figures.items():
             plots.save(figure, folder / f"figures/{name}.png", params.report.dpi)
@@ -125,14 +124,6 @@ def _number(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:

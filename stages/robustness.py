@@ -1,7 +1,5 @@
 """Language model and classifier on noisy text and on a shifted view, with routing clean against noisy."""
 
-import csv
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +19,7 @@ from pipeline.evaluation.robustness import (
     language_trace,
     texts,
 )
-from pipeline.files import output_folder
+from pipeline.files import output_folder, write_rows
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
 from pipeline.moe.layer import Mode
@@ -69,8 +67,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
             # The x axis of an MLflow chart is the step: severity in tenths of a percent.
             log(values, step=round(1000 * row["rate"]))
     with output_folder(paths.output("robustness", cell)) as folder:
-        _write(folder / "scores.csv", scores)
-        _write(folder / "load.csv", load)
+        write_rows(folder / "scores.csv", scores)
+        write_rows(folder / "load.csv", load)
     return {name: _summary([row for row in scores if row["model"] == name]) for name in (*language_models, "classifier")}
 
 
@@ -141,10 +139,3 @@ def _summary(rows: list[Row]) -> dict[str, float]:
     result |= {name: float(np.mean([row[name] for row in noisy])) for name in ("score", "degradation", "consistency")}
     shift = [row["degradation"] for row in rows if row["kind"] == "shift"]
     return result | ({"shift": shift[0]} if shift else {})
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -9,10 +9,9 @@ from pipeline.data.batches import segments
 from pipeline.data.corpora import join
 from pipeline.data.tasks import read_task
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.files import output_folder
+from pipeline.files import output_folder, write_rows
 from pipeline.models.transformer import Transformer
 from pipeline.training import checkpoint
-from pipeline.training.history import write_history
 from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
@@ -57,7 +56,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     after = _measure(model, valid)
     with output_folder(paths.output("warmup", cell)) as folder:
         checkpoint.save(folder, model, spec)
-        write_history(folder / "history.csv", fitted.history)
+        write_rows(folder / "history.csv", fitted.history)
     return {"best_step": fitted.best_step, "before": before, "after": after}
 
 

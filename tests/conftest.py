@@ -31,6 +31,7 @@ TINY = (
     "warmup.kmeans_tokens=512",
     "finetune.steps=4",
     "finetune.batch=4",
+    "finetune.crop=16",
     "finetune.validate_every=2",
     "finetune.validate_passages=8",
     "robustness.segments=4",

@@ -39,10 +39,15 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("pretrain.steps=true", ["pretrain.steps is True", "integer"]),
         ("pretrain.steps=0", ["pretrain.steps is 0", "greater than 0"]),
         ("pretrain.learning_rate=.inf", ["pretrain.learning_rate is inf", "finite"]),
+        ("methods.smoe.balance=.inf", ["methods.smoe.balance is inf", "finite"]),
+        ("grid.methods=vqmoe", ["grid.methods is 'vqmoe'", "a list, such as [a, b]"]),
+        ("methods.smoe=2", ["methods.smoe is 2", "a section of keys and values"]),
+        ("methods=[smoe]", ["methods is ['smoe']", "a section of keys and values"]),
         ("model.heads=5", ["model: heads is 5", "must divide width (128)"]),
         ("model.norm=middle", ["model.norm is 'middle'", "'pre' or 'post'"]),
         ("methods.vqmoe.codes=9", ["methods.vqmoe", "codes is 9", "multiple of model.experts (8)"]),
         ("methods.smoe.top_k=9", ["methods.smoe", "top_k is 9", "at most model.experts (8)"]),
+        ("finetune.crop=512", ["finetune.crop is 512", "at most model.context (256)"]),
         ("methods.xyz={top_k: 1}", ["methods", "'xyz' is no method", "vqmoe, smoe"]),
         ("grid.methods=[vqmoe, smoo]", ["method 'smoo'", "vqmoe, smoe", "did you mean smoe?"]),
         ("grid.seeds=[1, 1]", ["grid.seeds", "twice"]),
@@ -52,6 +57,7 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("data.view=latin1", ["data.view is 'latin1'", "'text27' or 'bytes'"]),
         ("steps", ["-S steps", "section.key=value"]),
         ("pretrain.steps=[", ["not a YAML value"]),
+        ("data.corpus=2020-13-45", ["not a YAML value"]),
     ],
 )
 def test_bad_values_are_one_line_that_names_key_value_and_remedy(override, parts):
@@ -66,8 +72,9 @@ def test_bad_values_are_one_line_that_names_key_value_and_remedy(override, parts
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"model: [", "not valid YAML"),
-        (b"model: 1\nmodel: 2\n", "not valid YAML"),
+        (b"model: [", "not valid YAML, line 1: expected the node content"),
+        (b"model: 1\nmodel: 2\n", "not valid YAML, line 2: found duplicate key"),
+        (b"model: 2020-13-45\n", "not valid YAML: month must be in 1..12"),
         (b"- 1\n", "holds list"),
         (b"", "holds NoneType"),
         (b"model: \xff\n", "not UTF-8 (byte 7)"),

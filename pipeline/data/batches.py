@@ -19,7 +19,7 @@ from pipeline.errors import Failure
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids of each example (uint16, cut to a length) and label indices (int64)."""
+    """Token ids of each example (uint16) and label indices (int64)."""
 
     ids: list[np.ndarray]
     labels: np.ndarray
@@ -67,16 +67,19 @@ def spaced(examples: Sequence[Example], limit: int) -> list[Example]:
 
 
 def encode_examples(
-    examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, view_name: str, length: int
+    examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, view_name: str, length: int | None = None
 ) -> Examples:
-    """Each text in a view, its first `length` tokens; a text the view leaves empty becomes a single space."""
+    """Each text in a view, whole or its first `length` tokens; a text the view leaves empty becomes a single space."""
     index = {label: i for i, label in enumerate(labels)}
     ids = [tokenizer.encode(view(example.text, view_name) or " ")[:length] for example in examples]
     return Examples(ids, np.array([index[example.label] for example in examples], dtype=np.int64))
 
 
-def example_batch(examples: Examples, batch: int, seed: int, step: int) -> tuple[list[np.ndarray], Tensor]:
-    """Ids and labels (B,) of the batch of `step` (from 1), going through the examples in shuffled epochs."""
+def example_batch(examples: Examples, batch: int, crop: int, seed: int, step: int) -> tuple[list[np.ndarray], Tensor]:
+    """Ids and labels (B,) of the batch of `step` (from 1), going through the examples in shuffled epochs.
+
+    Of an example longer than `crop` tokens a stretch of that length from a random place.
+    """
     count = len(examples.ids)
     chosen: list[int] = []
     for position in range((step - 1) * batch, step * batch):
@@ -84,7 +87,10 @@ def example_batch(examples: Examples, batch: int, seed: int, step: int) -> tuple
         if not chosen or place == 0:
             order = _generator(seed, epoch, stream=1).permutation(count)
         chosen.append(int(order[place]))
-    return [examples.ids[i] for i in chosen], torch.from_numpy(examples.labels[chosen])
+    ids = [examples.ids[i] for i in chosen]
+    starts = _generator(seed, step, stream=2).integers(0, [max(1, len(sequence) - crop + 1) for sequence in ids])
+    crops = [sequence[start : start + crop] for sequence, start in zip(ids, starts, strict=True)]
+    return crops, torch.from_numpy(examples.labels[chosen])
 
 
 def padded(ids: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:

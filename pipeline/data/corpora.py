@@ -52,6 +52,17 @@ def load_corpus(name: str, root: Path) -> Corpus:
     return corpus
 
 
+def streams(corpus: Corpus, view_name: str) -> dict[str, str]:
+    """Each split of a corpus as one stream in a view; Failure where the view leaves nothing of a split."""
+    texts = {split: join([document.text for document in corpus[split]], view_name) for split in SPLITS}
+    for split in SPLITS:
+        if not texts[split].strip():
+            raise Failure(
+                f"data.view {view_name} leaves nothing of the {split} split, which has no letters a-z; use data.view: bytes"
+            )
+    return texts
+
+
 def view(text: str, name: str) -> str:
     """`bytes`: the text as it is. `text27`: letters a-z and single spaces, digits spelled out, as text8 is made."""
     if name == "bytes":
@@ -65,7 +76,7 @@ def join(texts: Sequence[str], view_name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, plain or .xz."""
+    """A UTF-8 file, plain or .xz, without a byte-order mark."""
     try:
         data = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
     except FileNotFoundError:
@@ -75,14 +86,15 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise Failure(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Failure(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv -t UTF-8") from None
 
 
 def records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered objects of a .jsonl(.xz) file, each with the named fields as text."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # Not splitlines: it also cuts at separators such as U+2028, which JSON allows inside a text.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -101,6 +113,10 @@ def check_record(path: Path, number: int, record: dict[str, Any], fields: Sequen
             raise Failure(f"{path}, line {number}: no field '{field}'; every line needs {', '.join(fields)}")
         if not isinstance(record[field], str) and not (field == "label" and isinstance(record[field], int)):
             raise Failure(f"{path}, line {number}: {field} is {record[field]!r}, expected text")
+        if re.search("[\ud800-\udfff]", str(record[field])):
+            raise Failure(
+                f"{path}, line {number}: {field} holds half of a surrogate pair (\\ud800 to \\udfff); write the character itself"
+            )
     if record["split"] not in SPLITS:
         raise Failure(f"{path}, line {number}: split is '{record['split']}'; expected {', '.join(SPLITS)}")
     return record

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.data.corpora import view
 from pipeline.data.tasks import Task
+from pipeline.errors import Failure
 
 
 def compressors(data: bytes) -> dict[str, float]:
@@ -42,7 +43,10 @@ def tfidf(task: Task, vocabulary: int, view_name: str) -> dict[str, float]:
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, max_features=vocabulary, token_pattern=r"(?u)\b\w+\b", dtype=np.float32
     )
-    train = vectorizer.fit_transform(texts["train"])
+    try:
+        train = vectorizer.fit_transform(texts["train"])
+    except ValueError:
+        raise Failure(f"data.view {view_name} leaves no word in the task's training texts; use data.view: bytes") from None
     model = LogisticRegression(C=10.0, max_iter=200).fit(train, labels["train"])
     predicted = model.predict(vectorizer.transform(texts["test"]))
     majority = np.bincount(labels["train"]).argmax()

@@ -11,6 +11,9 @@ from pathlib import Path
 from pipeline.data.corpora import SPLITS, Corpus, check_record, read_text, records
 from pipeline.errors import Failure, UsageError
 
+# A passage may be longer than the 131,072 characters that csv allows a field by default.
+csv.field_size_limit(2**31 - 1)
+
 ERA_FIRST, ERA_YEARS = 1790, 40
 FIELDS = ("text", "label", "split")
 
@@ -108,9 +111,12 @@ def _eras(corpus: Corpus, split: str, passage: int) -> Iterator[tuple[str, str]]
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    for record in reader:
-        yield reader.line_num, check_record(path, reader.line_num, record, FIELDS)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for record in reader:
+            yield reader.line_num, check_record(path, reader.line_num, record, FIELDS)
+    except csv.Error as error:
+        raise Failure(f"{path}, line {reader.line_num}: no valid CSV ({error}); check its quotes, or use .jsonl") from None
 
 
 def _checked(source: str, examples: dict[str, list[Example]], lines: dict[tuple[str, str], int]) -> Task:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def shares(index: Tensor, bins: int) -> Tensor:
-    """Share of the assignments (any shape) that fell on each of `bins` experts or codes; float64, sums to 1."""
-    return torch.bincount(index.flatten(), minlength=bins).double() / max(index.numel(), 1)
+def shares(count: Tensor) -> Tensor:
+    """Counts per expert or code as shares of all; float64, sums to 1."""
+    return count.double() / count.sum().clamp(min=1)
 
 
 def load(share_E: Tensor) -> dict[str, float]:

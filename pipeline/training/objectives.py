@@ -24,11 +24,13 @@ def language_objective(model: Transformer, tokens: np.ndarray, *, batch: int, se
     return objective
 
 
-def classification_objective(model: Classifier, examples: Examples, *, batch: int, seed: int, pad: int, mode: Mode) -> Objective:
-    """Cross-entropy of the label plus the layers' auxiliary losses, over shuffled epochs of the examples."""
+def classification_objective(
+    model: Classifier, examples: Examples, *, batch: int, crop: int, seed: int, pad: int, mode: Mode
+) -> Objective:
+    """Cross-entropy of the label plus the layers' auxiliary losses, over shuffled epochs of the examples' random crops."""
 
     def objective(step: int):
-        ids, labels_B = example_batch(examples, batch, seed, step)
+        ids, labels_B = example_batch(examples, batch, crop, seed, step)
         scores_BL, hidden = model(*padded(ids, pad), mode)
         loss = F.cross_entropy(scores_BL, labels_B)
         return loss + hidden.auxiliary(), {"nats": loss} | hidden.losses()

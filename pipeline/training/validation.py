@@ -58,27 +58,26 @@ class RoutingTally:
     """Counts, per layer, where tokens went: call it with each batch's hidden states."""
 
     def __init__(self, model: Transformer) -> None:
-        self._experts = model.blocks[0].moe.experts.count
-        quantizer = getattr(model.blocks[0].moe, "quantizer", None)
-        self._codes = quantizer.codes if quantizer is not None else 0
-        self.index: list[list[Tensor]] = [[] for _ in model.blocks]
-        self.code: list[list[Tensor]] = [[] for _ in model.blocks]
+        quantizer = getattr(model.moe_layers[0], "quantizer", None)
+        codes = quantizer.codes if quantizer is not None else 0
+        self._expert = [torch.zeros(layer.experts.count, dtype=torch.long) for layer in model.moe_layers]
+        self._code = [torch.zeros(codes, dtype=torch.long) for _ in model.moe_layers]
         self._error: list[float] = []
 
     def __call__(self, hidden: Hidden) -> None:
         for layer, output in enumerate(hidden.layers):
-            self.index[layer].append(output.index_NK)
+            self._expert[layer] += torch.bincount(output.index_NK.flatten(), minlength=len(self._expert[layer]))
             if output.code_N is not None:
-                self.code[layer].append(output.code_N)
+                self._code[layer] += torch.bincount(output.code_N, minlength=len(self._code[layer]))
                 self._error.append(output.losses["codebook"].value.item())
 
     def expert_shares(self) -> list[Tensor]:
         """Share of the assignments per expert (E,), one tensor per layer."""
-        return [stats.shares(torch.cat(parts), self._experts) for parts in self.index]
+        return [stats.shares(count) for count in self._expert]
 
     def code_shares(self) -> list[Tensor]:
         """Share of the tokens per code (C,), one tensor per layer; empty without a codebook."""
-        return [stats.shares(torch.cat(parts), self._codes) for parts in self.code if parts]
+        return [stats.shares(count) for count in self._code if len(count)]
 
     def summary(self) -> dict[str, float]:
         """Load and codebook measures, mean over layers; `code_error` is ||x - v||^2 per element, mean over batches."""

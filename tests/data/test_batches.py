@@ -74,13 +74,26 @@ def test_examples_are_cut_viewed_and_shuffled_in_epochs():
     assert [bytes(ids.tolist()).decode() for ids in examples.ids] == ["abc o", " "]
     assert examples.labels.tolist() == [0, 1]
     many = Examples([np.array([i]) for i in range(10)], np.arange(10))
-    epochs = [[int(i) for step in range(first, first + 5) for i in example_batch(many, 2, 0, step)[1]] for first in (1, 6)]
+    epochs = [[int(i) for step in range(first, first + 5) for i in example_batch(many, 2, 8, 0, step)[1]] for first in (1, 6)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
     # A batch across the border of two epochs has the end of one and the start of the next.
-    order = [int(i) for step in (1, 2, 3) for i in example_batch(many, 4, 0, step)[1]]
+    order = [int(i) for step in (1, 2, 3) for i in example_batch(many, 4, 8, 0, step)[1]]
     assert order[:10] == epochs[0]
     assert order[10:] == epochs[1][:2]
+
+
+def test_crops_start_anywhere_and_depend_on_seed_and_step_only():
+    examples = Examples([np.arange(10), np.arange(3)], np.array([0, 1]))
+    starts = set()
+    for step in range(1, 60):
+        ids, labels = example_batch(examples, 2, 4, 0, step)
+        again, _ = example_batch(examples, 2, 4, 0, step)
+        for crop, same, label in zip(ids, again, labels, strict=True):
+            assert crop.tolist() == same.tolist()
+            assert crop.tolist() == list(range(crop[0], crop[0] + (3 if label else 4)))
+            starts.add((int(label), int(crop[0])))
+    assert starts == {*((0, start) for start in range(7)), (1, 0)}
 
 
 def test_spaced_examples_reach_both_ends_without_repeats():

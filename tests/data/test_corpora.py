@@ -3,7 +3,7 @@ import lzma
 
 import pytest
 
-from pipeline.data.corpora import SPLITS, join, load_corpus, view
+from pipeline.data.corpora import SPLITS, Document, join, load_corpus, streams, view
 from pipeline.errors import Failure, UsageError
 from tests.conftest import REPOSITORY
 
@@ -41,6 +41,20 @@ def test_a_folder_and_json_lines(tmp_path, corpus_folder):
     assert corpus["test"][0].year == 1800
 
 
+def test_separators_inside_a_text_do_not_end_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
+    text = "one\u2028two\x85three"
+    lines = [json.dumps({"text": text, "split": split}, ensure_ascii=False) for split in SPLITS]
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert load_corpus("c.jsonl", tmp_path)["valid"][0].text == text
+
+
+def test_a_view_that_leaves_nothing_is_named():
+    corpus = {split: [Document(split, "abc" if split == "train" else "\u6f22\u5b57")] for split in SPLITS}
+    assert streams(corpus, "bytes")["test"] == "\u6f22\u5b57"
+    with pytest.raises(Failure, match=r"data\.view text27 leaves nothing of the valid split.*use data\.view: bytes"):
+        streams(corpus, "text27")
+
+
 def _lines(*records):
     return "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records).encode()
 
@@ -57,6 +71,7 @@ GOOD = [{"text": "a", "split": split} for split in SPLITS]
         ("c.jsonl", _lines(*GOOD, {"text": 5, "split": "train"}), r"line 4: text is 5"),
         ("c.jsonl", _lines(*GOOD, {"text": "a", "split": "dev"}), r"line 4: split is 'dev'; expected train, valid, test"),
         ("c.jsonl", _lines(*GOOD, [1]), r"line 4: holds list"),
+        ("c.jsonl", _lines(*GOOD, {"text": "a \ud83d b", "split": "test"}), r"line 4: text holds half of a surrogate pair"),
         ("c.jsonl", _lines(*GOOD[:2]), r"the test split is empty"),
         ("c.jsonl", b"\xff\xfe", r"not UTF-8 at byte 0; convert"),
         ("c.jsonl.xz", lzma.compress(_lines(*GOOD))[:-20], r"truncated or damaged"),

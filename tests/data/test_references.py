@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.data.references import compressors, tfidf, unigram_entropy
 from pipeline.data.tasks import Example, Task
+from pipeline.errors import Failure
 
 
 def test_entropy_and_compressors():
@@ -13,6 +14,12 @@ def test_entropy_and_compressors():
     for name, bits in compressors(data).items():
         assert 0.99 < bits < 2.1, name
     assert compressors(b"a" * 100_000)["xz"] < 0.1
+
+
+def test_a_view_that_leaves_no_word_is_named():
+    examples = [Example("\u6f22", "a"), Example("\u5b57", "b")]
+    with pytest.raises(Failure, match=r"data\.view text27 leaves no word in the task's training texts"):
+        tfidf(Task(("a", "b"), dict.fromkeys(("train", "valid", "test"), examples)), 100, "text27")
 
 
 def test_tfidf_learns_what_can_be_learnt_and_repeats():

@@ -28,6 +28,8 @@ def test_the_era_task_keeps_splits_apart():
 
 
 def test_round_trip(tmp_path, task_file):
+    with task_file.open("a") as file:
+        file.write("one\u2028two,first,train\n" + "x" * 200_000 + ",first,train\n")
     task = load_task(str(task_file), {}, tmp_path, 0)
     assert task.labels == ("first", "second")
     write_task(tmp_path / "task.jsonl", task)
@@ -52,6 +54,7 @@ HEAD = "text,label,split\na,x,train\nb,y,train\nc,x,valid\n"
         (HEAD + " ,x,test\n", "line 5: the text is empty"),
         (HEAD + "d,x\n", "line 5: no field 'split'"),
         (HEAD + "d,x,dev\n", "line 5: split is 'dev'"),
+        (HEAD + '"d,x,test\n', "line 4: no valid CSV"),
         ("text,split\na,train\n", "line 2: no field 'label'"),
         ("text,label,split\na,x,train\nc,x,valid\nd,x,test\n", "one label 'x'"),
         ("", "the train split is empty"),

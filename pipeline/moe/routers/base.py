@@ -25,7 +25,7 @@ class Routing(NamedTuple):
 class Settings(BaseModel):
     """Base of a method's section in params.yaml: frozen, typed, no unknown key."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def check(self, experts: int) -> None:
         """Raise ValueError if the settings cannot work with this many experts."""
