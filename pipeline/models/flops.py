@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.models.transformer import Transformer
 from pipeline.moe.layer import Mode
@@ -11,6 +11,18 @@ from pipeline.moe.layer import Mode
 def _grouped_mm(x_shape: torch.Size, weight_shape: torch.Size, *args: object, out_shape: object = None, **kwargs: object) -> int:
     """Rows x in x out: every row meets one expert's matrix, however the rows are grouped."""
     return 2 * x_shape[0] * weight_shape[-2] * weight_shape[-1]
+
+
+def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: object, out_shape: object = None, **kwargs: object) -> int:
+    """Scores and their weighted sum over all positions, as torch counts its other attention kernels."""
+    return sdpa_flop_count(q, k, v)
+
+
+# Operators in use that torch's counter does not know.
+_FORMULAS = {
+    torch.ops.aten._grouped_mm: _grouped_mm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
 
 
 @torch.no_grad()
@@ -22,7 +34,7 @@ def flops_per_token(model: Transformer, mode: Mode, length: int, next_token: boo
     tokens_BT: Tensor = torch.zeros(1, length, dtype=torch.long)
     was_training = model.training
     model.eval()
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         state_BTD = model(tokens_BT, mode).state_BTD
         if next_token:
             model.logits(state_BTD)

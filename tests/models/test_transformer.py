@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models.build import Spec, build
 from pipeline.models.flops import flops_per_token
@@ -81,6 +82,8 @@ def test_flops_by_hand(tiny_params, seeded):
     scores = 2 * m.width * 50
     router = 2 * m.width * m.experts
     distances = 2 * m.width * params.method("vqmoe").codes
+    with sdpa_kernel(SDPBackend.MATH):
+        assert flops_per_token(routed, "router", length) == m.layers * (attention + 2 * expert + router) + scores
     assert flops_per_token(routed, "router", length) == m.layers * (attention + 2 * expert + router) + scores
     assert flops_per_token(discrete, "both", length) == m.layers * (attention + 2 * expert + router + distances) + scores
     assert flops_per_token(discrete, "discrete", length, next_token=False) == m.layers * (attention + expert + distances)
