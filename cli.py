@@ -47,7 +47,7 @@ def _with_params(command: Any) -> Any:
         command
     )
     return click.option(
-        "--params", "file", default="params.yaml", type=click.Path(path_type=Path), show_default=True, help="The experiment."
+        "--params", "file", type=click.Path(path_type=Path), help="The experiment. Default: params.yaml of the repository."
     )(command)
 
 
@@ -56,11 +56,12 @@ def _with_cell(command: Any) -> Any:
     return click.option("--method", help="A section under methods. Default: the first of grid.methods.")(command)
 
 
-def _load(file: Path, overrides: tuple[str, ...]) -> Any:
+def _load(file: Path | None, overrides: tuple[str, ...]) -> Any:
     from pipeline import config
     from pipeline.moe.layer import SETTINGS
+    from stages.paths import Paths
 
-    return config.load(file, SETTINGS, overrides)
+    return config.load(file or Paths.here().root / "params.yaml", SETTINGS, overrides)
 
 
 def _cell(params: Any, method: str | None, seed: int | None) -> Any:
@@ -74,7 +75,7 @@ def _cell(params: Any, method: str | None, seed: int | None) -> Any:
 def _stage(name: str, text: str) -> None:
     @main.command(name, help=text)
     @_with_params
-    def command(file: Path, overrides: tuple[str, ...]) -> None:
+    def command(file: Path | None, overrides: tuple[str, ...]) -> None:
         from stages.execute import execute
         from stages.paths import Paths
 
@@ -85,7 +86,7 @@ def _grid_stage(name: str, text: str) -> None:
     @main.command(name, help=text)
     @_with_params
     @_with_cell
-    def command(file: Path, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
+    def command(file: Path | None, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
         from stages.execute import execute
         from stages.paths import Paths
 
@@ -104,9 +105,9 @@ _stage("report", "Compare the methods: tables and plots in report/.")
 @main.command(help="All stages of one method in one process, in a folder of their own under runs/.")
 @_with_params
 @_with_cell
-def train(file: Path, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
+def train(file: Path | None, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
     from pipeline.config import fingerprint
-    from pipeline.evaluation.tables import show_run
+    from pipeline.evaluation.tables import comparison
     from stages.execute import train as train_cell
     from stages.paths import Paths
 
@@ -115,7 +116,11 @@ def train(file: Path, overrides: tuple[str, ...], method: str | None, seed: int 
     here = Paths.here()
     sections = params.select(set(type(params).model_fields) - {"grid", "methods", "tracking", "report"}, cell.method)
     out = here.root / "runs" / f"{cell.name}-{fingerprint(sections)[:8]}"
-    show_run(train_cell(params, Paths(here.root, out), cell), out)
+    results = train_cell(params, Paths(here.root, out), cell)
+    references = results.pop("prepare")["metrics"]["references"]
+    cells = {cell.name: {stage: [result["metrics"]] for stage, result in results.items()}}
+    comparison(cells, references).show()
+    click.echo(f"Models and results: {out}\nCompare the runs in the browser: vqmoe ui")
 
 
 @main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")

@@ -51,7 +51,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        else:
+        elif error is None:
             self._line()
 
     def _rate(self) -> float:

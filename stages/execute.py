@@ -26,7 +26,9 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
     ) as run:
         run.upstream(_upstream_runs(stage, paths, cell))
         if stage != "prepare":
-            _record_data(run, paths)
+            manifest = _manifest(chosen.data, paths)
+            profile = {"tokens": manifest["tokens"], "view": manifest["view"]}
+            run.dataset(manifest["corpus"], paths.data / "train.npy", "training", profile)
         body = importlib.import_module(f"stages.{stage}").run
         metrics = body(chosen, paths, cell, run.log) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
@@ -57,10 +59,14 @@ def _upstream_runs(stage: str, paths: Paths, cell: Cell | None) -> dict[str, str
     return {name: read_json(path, "run that stage again")["run_id"] for name, path in results.items() if path.exists()}
 
 
-def _record_data(run: Any, paths: Paths) -> None:
-    manifest = read_json(paths.data / "manifest.json", "run `vqmoe prepare` again")
-    profile = {"tokens": manifest["tokens"], "view": manifest["view"]}
-    run.dataset(manifest["corpus"], paths.data / "train.npy", "training", profile)
+def _manifest(data: Any, paths: Paths) -> dict[str, Any]:
+    """What `prepare` wrote about its data, which has to be the data that params ask for."""
+    path = paths.data / "manifest.json"
+    manifest = read_json(path, "run `vqmoe prepare` again")
+    for key, wanted in flat(data).items():
+        if manifest.get(key) != wanted:
+            raise Failure(f"{path}: {key} is {manifest.get(key)!r} there and {wanted!r} in params; run `vqmoe prepare` again")
+    return manifest
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -33,7 +33,7 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
             "documents": {split: len(corpus[split]) for split in SPLITS},
             "characters": {split: len(texts[split]) for split in SPLITS},
             "tokens": {split: len(tokens[split]) for split in SPLITS},
-            "task": {split: len(task.splits[split]) for split in SPLITS},
+            "examples": {split: len(task.splits[split]) for split in SPLITS},
         }
         labels = {
             split: {label: sum(example.label == label for example in task.splits[split]) for label in task.labels}

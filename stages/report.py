@@ -142,8 +142,8 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
         "",
         "Bits per character: lower is better. VQMoE pre-trains with both paths and is used with the discrete path alone; a "
         "method with a router has one mode. Lost to noise: mean over all corruptions and severities, positive when noise hurts; "
-        "experts unchanged: share of a classifier's assignments that noise leaves as they were. Data of the plots: "
-        "data/.",
+        "experts unchanged: share of a classifier's assignments that noise leaves as they were. A classifier reads the first "
+        "model.context tokens of a passage, TF-IDF all of it. Data of the plots: data/.",
         "",
         *(f"![{name}](figures/{name}.png)" for name in figures),
         "",

@@ -139,7 +139,7 @@ def test_other_seeds_give_other_models(vqmoe, workspace):
         (["pretrain", "--method", "nosuch"], 2, ["method 'nosuch'", "vqmoe, smoe"]),
         (["pretrain", "-S", "pretrain.stepz=1"], 2, ["unknown key pretrain.stepz", "did you mean steps?"]),
         (["pretrain", "-S", "model.norm=middle"], 2, ["model.norm is 'middle'"]),
-        (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file"]),
+        (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file", "name one with --params"]),
         (["pretrain"], 1, ["outputs/data: not found", "run the stage that makes it first"]),
         (["report"], 1, ["results/prepare.json: not found"]),
     ],
@@ -204,6 +204,19 @@ def test_a_checkpoint_of_another_configuration(vqmoe, workspace):
     weights.write_bytes(weights.read_bytes()[:1000])
     assert_one_line(vqmoe("warmup"), 1, "model.safetensors: damaged")
     assert not (workspace / "outputs/warmup").exists() or not list((workspace / "outputs/warmup").iterdir())
+
+
+def test_data_prepared_with_other_params(vqmoe, workspace):
+    assert vqmoe("prepare").exit_code == 0
+    result = vqmoe("pretrain", overrides=["data.view=bytes"])
+    assert_one_line(result, 1, "manifest.json: view is 'text27' there and 'bytes' in params", "run `vqmoe prepare` again")
+    assert not list(workspace.glob("outputs/pretrain/*"))
+
+
+def test_the_params_file_is_found_from_a_folder_inside_the_repository(vqmoe, workspace, monkeypatch):
+    monkeypatch.chdir(workspace / "data")
+    assert vqmoe("prepare").exit_code == 0
+    assert (workspace / "outputs/data/manifest.json").exists()
 
 
 def test_an_unwritable_output_folder(vqmoe, workspace):

@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 
 from pipeline import config
 from pipeline.errors import UsageError
@@ -17,8 +18,18 @@ def load(*overrides, path=PARAMS):
 def test_the_default_loads_and_every_key_has_a_comment():
     load()
     for number, line in enumerate(PARAMS.read_text().splitlines(), 1):
-        if line.startswith("  ") and not line.rstrip().endswith(":"):
+        if line.startswith("  ") and not line.rstrip().endswith(":") and not line.startswith("  - "):
             assert "#" in line, f"params.yaml line {number} has no comment"
+
+
+def test_an_override_by_dvc_changes_its_own_line_only(tmp_path):
+    # `dvc exp run -S` writes the whole file anew, which moves comments and lists of another style.
+    path = tmp_path / "params.yaml"
+    shutil.copy(PARAMS, path)
+    with modify_yaml(path) as content:
+        content["model"]["layers"] = 7
+    before, after = PARAMS.read_text().splitlines(), path.read_text().splitlines()
+    assert [line.split()[:2] for one, line in zip(before, after, strict=True) if one != line] == [["layers:", "7"]]
 
 
 def test_scientific_and_decimal_notation_are_the_same_number():

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,17 +97,3 @@ def _at(metrics: Mapping[str, Any], keys: Sequence[str]) -> float | None:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def show_run(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """The main numbers of one method's stages, and where the rest lies."""
-    pretrain, tuned, robust = (results[stage]["metrics"] for stage in ("pretrain", "finetune", "robustness"))
-    rows = [(f"test bits per character ({name})", f"{value:.3f}") for name, value in pretrain["test"].items()]
-    rows += [
-        ("test accuracy %", f"{100 * tuned['test']['accuracy']:.1f}"),
-        ("bits per character lost to noise", f"{robust['warmed-up']['degradation']:.3f}"),
-        ("accuracy points lost to noise", f"{100 * robust['classifier']['degradation']:.1f}"),
-        ("routing consistency under noise %", f"{100 * robust['classifier']['consistency']:.1f}"),
-    ]
-    Table(f"{results['pretrain']['method']}, seed {results['pretrain']['seed']}", ("measure", "value"), rows).show()
-    Console(width=160).print(f"Models and results: {out}\nCompare runs: vqmoe ui", highlight=False)
