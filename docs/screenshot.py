@@ -38,9 +38,14 @@ def main(chromium: str) -> None:
                 executable_path=chromium,
                 args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
             )
-            page = browser.new_page(viewport={"width": 1500, "height": 950})
+            page = browser.new_page(viewport={"width": 1300, "height": 1150})
+            page.goto(f"{address}/#/experiments/{experiment}/runs")
+            page.get_by_text("Model training", exact=True).click(timeout=60_000)
             page.goto(f"{address}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
-            page.wait_for_timeout(12_000)
+            page.get_by_placeholder("Search metric charts").fill("bpc", timeout=60_000)
+            if page.get_by_role("button", name="Close", exact=True).count():  # the assistant's panel
+                page.get_by_role("button", name="Close", exact=True).click()
+            page.wait_for_timeout(8_000)
             page.screenshot(path=str(OUT))
             browser.close()
     finally:

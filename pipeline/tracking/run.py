@@ -166,7 +166,7 @@ def start(
     tags = lineage.source_tags(root) | {"vqmoe.stage": stage, "vqmoe.params_fingerprint": fingerprint(params)}
     tags |= lineage.digests(inputs, root, "in")
     run = Run(root, f"{experiment}/{stage}", name, params, tags)
-    with _terminable():
+    with terminable():
         try:
             yield run
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -179,7 +179,7 @@ def start(
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM leaves through the normal way out, so that the run can be closed."""
     if threading.current_thread() is not threading.main_thread():
         yield

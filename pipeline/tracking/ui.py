@@ -1,6 +1,7 @@
 """The MLflow pages, served from this machine to this machine."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import Failure, UsageError
 from pipeline.tracking import store
+from pipeline.tracking.run import terminable
 
 # One worker and no job runner: starts in seconds and takes a sixth of the memory of the default server.
 SLIM = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -41,16 +43,19 @@ def serve(root: Path, port: int) -> None:
         (store.folder(root) / "artifacts").as_uri(),
         "--workers",
         "1",
+        "--uvicorn-opts",
+        "--log-level warning",
     ]
     print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
-    server = subprocess.Popen(command, env=os.environ | SLIM)
+    # A session of its own, so that all of its processes can be stopped together.
+    server = subprocess.Popen(command, env=os.environ | SLIM, start_new_session=True)
     try:
-        code = server.wait()
+        with terminable():
+            code = server.wait()
     except KeyboardInterrupt:
-        server.terminate()
-        server.wait()
         return
     finally:
         if server.poll() is None:
-            server.terminate()
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
     raise Failure(f"the MLflow server stopped with code {code}; its messages above say why")

@@ -1,3 +1,4 @@
+import signal
 import socket
 import subprocess
 import sys
@@ -34,14 +35,13 @@ def test_a_server_of_its_own_is_pointed_to(tmp_path, monkeypatch, capsys):
     assert "open https://mlflow.example.org" in printed
 
 
-def test_the_pages_are_served_and_a_server_killed_mid_run_loses_nothing(tmp_path, monkeypatch, capsys):
-    """A real server takes runs over HTTP; then it dies, and the run goes on into the spool."""
+@pytest.fixture
+def server(tmp_path):
+    """`vqmoe ui` as a process, once its pages are there, and its address."""
     port = _free_port()
     address = f"http://127.0.0.1:{port}"
     code = f"import pathlib; from pipeline.tracking import serve; serve(pathlib.Path({str(tmp_path)!r}), {port})"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(240):
             try:
@@ -51,15 +51,32 @@ def test_the_pages_are_served_and_a_server_killed_mid_run_loses_nothing(tmp_path
                 time.sleep(0.5)
         else:
             pytest.fail("the server did not start")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with tracking.start(tmp_path, experiment="t", stage="s", name="over-http", params={}) as run:
-            run.log({"a": 1.0}, 1)
-            run.flush()
-            _kill_group(server)
-            run.log({"a": 2.0}, 2)
+        yield process, address
     finally:
-        _kill_group(server)
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_server_leaves_no_process_behind(server, sent):
+    process, address = server
+    process.send_signal(sent)
+    process.wait(60)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address, timeout=5)
+
+
+def test_the_pages_are_served_and_a_server_that_dies_mid_run_loses_nothing(server, tmp_path, monkeypatch, capsys):
+    """A real server takes runs over HTTP; then it dies, and the run goes on into the spool."""
+    process, address = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with tracking.start(tmp_path, experiment="t", stage="s", name="over-http", params={}) as run:
+        run.log({"a": 1.0}, 1)
+        run.flush()
+        process.terminate()
+        process.wait(60)
+        run.log({"a": 2.0}, 2)
     spooled = (tmp_path / ".mlflow/spool" / f"{run.id}.jsonl").read_text()
     assert '"step": 2' in spooled
     assert '"step": 1' not in spooled
@@ -67,14 +84,3 @@ def test_the_pages_are_served_and_a_server_killed_mid_run_loses_nothing(tmp_path
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     history = store.connect(tmp_path).get_metric_history(run.id, "a")
     assert [(point.step, point.value) for point in history] == [(1, 1.0)]
-
-
-def _kill_group(process):
-    import os
-    import signal
-
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
