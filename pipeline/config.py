@@ -40,6 +40,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(value)) != len(value):
+        raise ValueError("lists an entry twice; name each once")
+    return value
+
+
 class MethodSettings(Protocol):
     """What a method's settings class offers beside its fields."""
 
@@ -54,9 +60,7 @@ class Grid(Section):
     @field_validator("methods", "seeds")
     @classmethod
     def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(value)) != len(value):
-            raise ValueError("lists an entry twice; name each once")
-        return value
+        return _distinct(value)
 
 
 class Data(Section):
@@ -124,6 +128,11 @@ class Robustness(Section):
     rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)]
     segments: Count
     passages: Count
+
+    @field_validator("kinds")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(value)
 
     @field_validator("rates")
     @classmethod
@@ -222,7 +231,7 @@ def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterabl
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
-    except (YAMLError, ValueError) as error:  # ValueError: something like a date, but none
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: something like a date, but none
         raise UsageError(f"{path}: not valid YAML{_problem(error)}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: holds {type(raw).__name__}, expected sections ({', '.join(Params.model_fields)})")

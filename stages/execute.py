@@ -3,32 +3,44 @@
 import importlib
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
 from pipeline.config import Params, flat
+from pipeline.data.corpora import exists, source
 from pipeline.errors import Failure
 from pipeline.files import read_json, write_json
-from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths
+from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths, read_result
+
+# Files of outputs/data each stage reads for its own purpose, and what for: recorded as the run's datasets.
+DATASETS = {
+    "pretrain": [("train.npy", "training"), ("test.npy", "test")],
+    "warmup": [("task.jsonl", "training")],
+    "finetune": [("task.jsonl", "training")],
+    "robustness": [("test.npy", "test"), ("task.jsonl", "test")],
+    "report": [],
+}
 
 
 def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) -> dict[str, Any]:
     """Run `stage` (of one cell of the grid, where it has cells) and return what its result file holds."""
     chosen = params.select(SECTIONS[stage], cell.method if cell else None)
-    for path in paths.inputs(stage, cell):
+    inputs = _sources(params.data, paths) if stage == "prepare" else paths.inputs(stage, cell)
+    for path in inputs if stage != "prepare" else []:
         if not path.exists():
             raise Failure(f"{path}: not found; run the stage that makes it first (`dvc repro`, or `vqmoe train` for all stages)")
-    shown = flat(chosen) | ({"method": cell.method, "seed": cell.seed} if cell else {})
+    shown = flat({"data": params.data}) | flat(chosen) | ({"method": cell.method, "seed": cell.seed} if cell else {})
     name = cell.name if cell else stage
     started = time.monotonic()
     with tracking.start(
-        paths.root, experiment=params.tracking.experiment, stage=stage, name=name, params=shown, inputs=paths.inputs(stage, cell)
+        paths.root, experiment=params.tracking.experiment, stage=stage, name=name, params=shown, inputs=inputs
     ) as run:
-        run.upstream(_upstream_runs(stage, paths, cell))
+        run.upstream(_upstream_runs(stage, params, paths, cell))
         if stage != "prepare":
-            manifest = _manifest(chosen.data, paths)
-            profile = {"tokens": manifest["tokens"], "view": manifest["view"]}
-            run.dataset(manifest["corpus"], paths.data / "train.npy", "training", profile)
+            profile = _manifest(params.data, paths)
+            for file, context in DATASETS[stage]:
+                run.dataset(profile["task" if file == "task.jsonl" else "corpus"], paths.data / file, context, profile)
         body = importlib.import_module(f"stages.{stage}").run
         metrics = body(chosen, paths, cell, run.log) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
@@ -49,24 +61,37 @@ def _cost(started: float) -> dict[str, float]:
     return {"cost/seconds": time.monotonic() - started, "cost/peak_memory_mib": peak_kib / 1024}
 
 
-def _upstream_runs(stage: str, paths: Paths, cell: Cell | None) -> dict[str, str]:
+def _sources(data: Any, paths: Paths) -> list[Path]:
+    """Files or folders that corpus and task come from."""
+    return [path for path in (source(data.corpus, paths.root), source(data.task, paths.root)) if exists(path)]
+
+
+def _upstream_runs(stage: str, params: Params, paths: Paths, cell: Cell | None) -> dict[str, str]:
     """Run ids of the stages whose outputs this one reads, as their result files hold them."""
     if stage == "prepare":
         return {}
     results = {"prepare": paths.result("prepare")}
     if cell:
         results |= {upstream: paths.result(upstream, cell) for upstream in UPSTREAM[stage]}
-    return {name: read_json(path, "run that stage again")["run_id"] for name, path in results.items() if path.exists()}
+    else:
+        cells = [Cell(method, seed) for method in params.grid.methods for seed in params.grid.seeds]
+        results |= {f"{upstream}.{one.name}": paths.result(upstream, one) for upstream in GRID_STAGES for one in cells}
+    return {name: read_result(path)["run_id"] for name, path in results.items()}
 
 
 def _manifest(data: Any, paths: Paths) -> dict[str, Any]:
     """What `prepare` wrote about its data, which has to be the data that params ask for."""
-    path = paths.data / "manifest.json"
-    manifest = read_json(path, "run `vqmoe prepare` again")
+    path, remedy = paths.data / "manifest.json", "run `vqmoe prepare` again"
+    manifest = read_json(path, remedy)
+    if not isinstance(manifest, dict):
+        raise Failure(f"{path}: holds {type(manifest).__name__}, expected the description of the data; {remedy}")
     for key, wanted in flat(data).items():
         if manifest.get(key) != wanted:
-            raise Failure(f"{path}: {key} is {manifest.get(key)!r} there and {wanted!r} in params; run `vqmoe prepare` again")
-    return manifest
+            raise Failure(f"{path}: {key} is {manifest.get(key)!r} there and {wanted!r} in params; {remedy}")
+    missing = [name for names in DATASETS.values() for name, _ in names if not (paths.data / name).exists()]
+    if missing:
+        raise Failure(f"{paths.data / missing[0]}: not found; {remedy}")
+    return {key: manifest.get(key) for key in ("corpus", "view", "task", "tokens", "examples")}
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pipeline.errors import Failure
+from pipeline.files import read_json
 
 GRID_STAGES = ("pretrain", "warmup", "finetune", "robustness")
 
 # Sections of params.yaml each stage declares (a grid stage also reads its method's section). `tracking` says only
-# where runs are recorded, changes no result, and so is no dependency of any stage.
+# where runs are recorded, changes no result, and so is no dependency of any stage. Pre-training reads the tokens alone:
+# another task trains no language model again.
 SECTIONS = {
     "prepare": ("data", "prepare"),
-    "pretrain": ("data", "model", "pretrain"),
+    "pretrain": ("model", "pretrain"),
     "warmup": ("data", "model", "warmup"),
     "finetune": ("data", "model", "finetune"),
     "robustness": ("data", "model", "finetune", "robustness"),
@@ -45,6 +49,15 @@ UPSTREAM = {
     "finetune": ("warmup",),
     "robustness": ("pretrain", "warmup", "finetune"),
 }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a stage's result file holds: `run_id` and `metrics`. Raises Failure if it is missing or damaged."""
+    remedy = "run `dvc repro`"
+    result = read_json(path, remedy)
+    if not isinstance(result, dict) or not isinstance(result.get("run_id"), str) or not isinstance(result.get("metrics"), dict):
+        raise Failure(f"{path}: has no run_id and metrics; {remedy}")
+    return result
 
 
 class Cell(NamedTuple):
@@ -95,6 +108,8 @@ class Paths:
         if stage == "report":
             results = [self.out / "results" / grid_stage for grid_stage in GRID_STAGES]
             return [self.result("prepare"), *results, self.out / "outputs/pretrain", self.out / "outputs/robustness"]
+        if stage == "pretrain":
+            return [self.data / name for name in ("train.npy", "valid.npy", "test.npy", "tokenizer.json")]
         return [self.data, *(self.output(upstream, cell) for upstream in UPSTREAM[stage])]
 
     def outputs(self, stage: str, cell: Cell | None = None) -> list[Path]:

@@ -9,35 +9,32 @@ import numpy as np
 from pipeline.errors import Failure
 from pipeline.evaluation import plots
 from pipeline.evaluation.tables import Table, comparison
-from pipeline.files import output_folder, read_json, write_rows
-from stages.paths import GRID_STAGES, Cell, Paths
-
-REMEDY = "run `dvc repro`"
+from pipeline.files import output_file, output_folder, write_rows
+from stages.paths import GRID_STAGES, Cell, Paths, read_result
 
 
 def run(params: SimpleNamespace, paths: Paths) -> dict:
     """Writes report.md, data/ (CSV) and figures/; prints the table. Returns no metrics of its own."""
     methods, seeds = params.grid.methods, params.grid.seeds
-    references = read_json(paths.result("prepare"), REMEDY)["metrics"]["references"]
+    references = read_result(paths.result("prepare"))["metrics"]["references"]
     cells = {
         method: {
-            stage: [read_json(paths.result(stage, Cell(method, seed)), REMEDY)["metrics"] for seed in seeds]
-            for stage in GRID_STAGES
+            stage: [read_result(paths.result(stage, Cell(method, seed)))["metrics"] for seed in seeds] for stage in GRID_STAGES
         }
         for method in methods
     }
     training = _rows(paths, "pretrain", "history.csv", methods, seeds)
     severity = _rows(paths, "robustness", "scores.csv", methods, seeds)
     table = comparison(cells, references)
-    with output_folder(paths.report) as folder:
-        for part in ("data", "figures"):
-            (folder / part).mkdir()
-        write_rows(folder / "data/training.csv", training)
-        write_rows(folder / "data/severity.csv", severity)
-        figures = _figures(params, paths, training, severity, references["bits_per_character"])
+    with output_folder(paths.report / "data") as folder:
+        write_rows(folder / "training.csv", training)
+        write_rows(folder / "severity.csv", severity)
+    figures = _figures(params, paths, training, severity, references["bits_per_character"])
+    with output_folder(paths.report / "figures") as folder:
         for name, figure in figures.items():
-            plots.save(figure, folder / f"figures/{name}.png", params.report.dpi)
-        (folder / "report.md").write_text(_text(params, table, list(figures)), encoding="utf-8")
+            plots.save(figure, folder / f"{name}.png", params.report.dpi)
+    with output_file(paths.report / "report.md") as file:
+        file.write_text(_text(params, table, list(figures)), encoding="utf-8")
     table.show()
     print(f"Report: {paths.report / 'report.md'}\nCompare the runs in the browser: vqmoe ui")
     return {}
@@ -115,7 +112,7 @@ def _rows(paths: Paths, stage: str, file: str, methods: tuple[str, ...], seeds: 
                         for row in csv.DictReader(handle)
                     ]
             except FileNotFoundError:
-                raise Failure(f"{path}: not found; {REMEDY}") from None
+                raise Failure(f"{path}: not found; run `dvc repro`") from None
     return rows
 
 
@@ -140,10 +137,11 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
         "",
         table.markdown(),
         "",
-        "Bits per character: lower is better. VQMoE pre-trains with both paths and is used with the discrete path alone; a "
-        "method with a router has one mode. Lost to noise: mean over all corruptions and severities, positive when noise hurts; "
-        "experts unchanged: share of a classifier's assignments that noise leaves as they were. A classifier reads the first "
-        "model.context tokens of a passage, TF-IDF all of it. Data of the plots: data/.",
+        "Bits per character: lower is better; compressors see the test split only. VQMoE pre-trains with both paths and is used "
+        "with the discrete path alone; a method with a router has one mode. Lost to noise: mean over all corruptions and "
+        "severities, positive when noise hurts; experts unchanged: share of a classifier's assignments that noise leaves as they "
+        "were (fewer experts per token or an uneven load raise it by chance). A classifier reads the first model.context tokens "
+        "of a passage, TF-IDF all of it. Data of the plots: data/.",
         "",
         *(f"![{name}](figures/{name}.png)" for name in figures),
         "",

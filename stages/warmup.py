@@ -22,7 +22,10 @@ from stages.pretrain import language_model
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
-    """Returns metrics before and after on the domain's validation texts: bits per character, load, codebook measures."""
+    """Returns metrics before and after on the domain's validation texts: bits per character, load, codebook measures.
+
+    A warm-up that ends no better than it started is undone (`best_step` 0).
+    """
     context, settings = params.model.context, params.warmup
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
@@ -35,7 +38,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     spec = language_model(params, cell, tokenizer.size)
     model = checkpoint.load(paths.output("pretrain", cell), spec)
     mode = model.infer_mode
-    before = _measure(model, valid)
+    before, start = _measure(model, valid), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _repair(model, segments(tokens["train"], context, limit=max(1, settings.kmeans_tokens // context)))
     # What learns is what the mixture layers use in this mode: assignment and experts, the same for every method.
     model.requires_grad_(False)
@@ -51,13 +54,16 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         score="bpc",
         log=log,
         label=f"warmup {cell.name}",
-        keep_start=True,
     )
-    after = _measure(model, valid)
+    after, best_step = _measure(model, valid), fitted.best_step
+    if after["bpc"] >= before["bpc"]:
+        # What does not help is not kept: neither new codes nor training.
+        model.load_state_dict(start)
+        after, best_step = before, 0
     with output_folder(paths.output("warmup", cell)) as folder:
         checkpoint.save(folder, model, spec)
         write_rows(folder / "history.csv", fitted.history)
-    return {"best_step": fitted.best_step, "before": before, "after": after}
+    return {"best_step": best_step, "before": before, "after": after}
 
 
 def _measure(model: Transformer, valid: np.ndarray) -> dict[str, float]:

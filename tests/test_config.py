@@ -64,6 +64,7 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("grid.seeds=[1, 1]", ["grid.seeds", "twice"]),
         ("grid.seeds=[-1]", ["grid.seeds.0 is -1"]),
         ("robustness.kinds=[swop]", ["robustness.kinds.0 is 'swop'", "'swap'"]),
+        ("robustness.kinds=[swap, swap]", ["robustness.kinds", "twice"]),
         ("robustness.rates=[0.1, 1.5]", ["robustness.rates.1 is 1.5"]),
         ("data.view=latin1", ["data.view is 'latin1'", "'text27' or 'bytes'"]),
         ("steps", ["-S steps", "section.key=value"]),

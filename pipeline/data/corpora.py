@@ -31,25 +31,45 @@ Corpus = dict[str, list[Document]]
 
 
 def load_corpus(name: str, root: Path) -> Corpus:
-    """Documents by split of an embedded corpus or of a path (relative to `root`): .txt, folder, or .jsonl(.xz).
+    """Documents by split of an embedded corpus or of a path (relative to `root`): folder, .txt(.xz) or .jsonl(.xz).
 
     Raises UsageError for a name that is neither, Failure with file, line and remedy for data that cannot be used.
     """
-    path = root / EMBEDDED.get(name, name)
-    if not path.exists():
+    path = source(name, root)
+    if not exists(path):
         if name in EMBEDDED:
             raise Failure(f"{path}: not found; restore it with `git checkout {EMBEDDED[name]}`")
         raise UsageError(f"data.corpus is '{name}': neither an embedded corpus ({', '.join(EMBEDDED)}) nor an existing path")
+    kind = file_kind(path)
     if path.is_dir():
         corpus = {split: [Document(split, read_text(path / f"{split}.txt"))] for split in SPLITS}
-    elif path.suffix == ".txt":
+    elif kind == ".txt":
         corpus = _cut(path)
-    else:
+    elif kind == ".jsonl":
         corpus = _documents(path)
+    else:
+        raise UsageError(f"data.corpus is '{name}': expected a folder, or a file .txt or .jsonl (or these with .xz)")
     for split in SPLITS:
         if not any(document.text.strip() for document in corpus[split]):
             raise Failure(f"{path}: the {split} split is empty; give it at least one document with text")
     return corpus
+
+
+def source(name: str, root: Path) -> Path:
+    """The file or folder that a corpus or task is read from: an embedded one by its name, else a path relative to `root`."""
+    return root / EMBEDDED.get(name, name)
+
+
+def exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def file_kind(path: Path) -> str:
+    """The suffix in lower case, without that of compression."""
+    return (path.with_suffix("") if path.suffix.lower() == ".xz" else path).suffix.lower()
 
 
 def streams(corpus: Corpus, view_name: str) -> dict[str, str]:
@@ -78,7 +98,7 @@ def join(texts: Sequence[str], view_name: str) -> str:
 def read_text(path: Path) -> str:
     """A UTF-8 file, plain or .xz, without a byte-order mark."""
     try:
-        data = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        data = lzma.open(path).read() if path.suffix.lower() == ".xz" else path.read_bytes()
     except FileNotFoundError:
         raise Failure(f"{path}: not found; a corpus folder needs {', '.join(f'{split}.txt' for split in SPLITS)}") from None
     except (EOFError, lzma.LZMAError) as error:
@@ -99,7 +119,7 @@ def records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, 
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Failure(f"{path}, line {number}: not JSON; the file may be truncated, fetch or write it again") from None
         if not isinstance(record, dict):
             raise Failure(f"{path}, line {number}: holds {type(record).__name__}, expected an object with {', '.join(fields)}")
@@ -110,7 +130,8 @@ def check_record(path: Path, number: int, record: dict[str, Any], fields: Sequen
     """The record itself, once every field is there as text and the split is a known one."""
     for field in fields:
         if field not in record or record[field] is None:
-            raise Failure(f"{path}, line {number}: no field '{field}'; every line needs {', '.join(fields)}")
+            there = ", ".join(f"'{name}'" for name, value in record.items() if name and value is not None)
+            raise Failure(f"{path}, line {number}: no field '{field}' among {there}; every line needs {', '.join(fields)}")
         if not isinstance(record[field], str) and not (field == "label" and isinstance(record[field], int)):
             raise Failure(f"{path}, line {number}: {field} is {record[field]!r}, expected text")
         if re.search("[\ud800-\udfff]", str(record[field])):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.corpora import SPLITS, Corpus, check_record, read_text, records
+from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records, source
 from pipeline.errors import Failure, UsageError
 
 # A passage may be longer than the 131,072 characters that csv allows a field by default.
@@ -44,15 +44,18 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
             raise UsageError("data.task is 'era': the corpus has documents without a year; name a labelled file instead")
         examples = {split: [Example(text, label) for text, label in _eras(corpus, split, passage)] for split in SPLITS}
         return _checked("task era", examples, {})
-    path = root / name
-    if not path.exists():
+    path = source(name, root)
+    kind = file_kind(path)
+    if not exists(path) or kind not in (".jsonl", ".csv"):
         raise UsageError(f"data.task is '{name}': neither era nor an existing path (.jsonl or .csv with {', '.join(FIELDS)})")
     examples = {split: [] for split in SPLITS}
     lines: dict[tuple[str, str], int] = {}
-    for number, record in _csv(path) if path.suffix == ".csv" else records(path, FIELDS):
+    for number, record in _csv(path) if kind == ".csv" else records(path, FIELDS):
         if not record["text"].strip():
             raise Failure(f"{path}, line {number}: the text is empty; remove the line or fill it")
-        label = str(record["label"])
+        label = str(record["label"]).strip()
+        if not label:
+            raise Failure(f"{path}, line {number}: the label is empty; remove the line or fill it")
         examples[record["split"]].append(Example(record["text"], label))
         lines.setdefault((record["split"], label), number)
     return _checked(str(path), examples, lines)

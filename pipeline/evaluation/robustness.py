@@ -65,7 +65,8 @@ def texts(ids: Sequence[np.ndarray], length: int, pad: int, noise: Noise | None 
 def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode: Mode) -> Trace:
     """Nats (S, T) of each symbol's true successor in the clean segments (S, T + 1), given the (noisy) past; NaN elsewhere.
 
-    An inserted symbol has no true successor and is not scored; a character after a deletion is predicted without it.
+    Each noisy symbol is scored on the symbol that follows its own clean position. So an inserted symbol is not scored, and
+    neither is the successor of a deleted one, which nothing is left to predict; of swapped symbols each keeps its successor.
     """
     clean_ST1 = torch.from_numpy(segments.astype(np.int64))
     target_ST = clean_ST1.gather(1, given.source_ST.clamp(min=0) + 1).masked_fill(given.source_ST < 0, -1)

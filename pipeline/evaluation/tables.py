@@ -59,12 +59,12 @@ def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], r
     measures: list[tuple[str, str, tuple[str, ...], int, float, str]] = [
         ("test bits per character", "pretrain", ("test", "bpc"), 3, 1, compressors),
         ("- discrete path alone", "pretrain", ("test", "bpc_discrete"), 3, 1, ""),
-        ("- task's texts, before warm-up", "warmup", ("before", "bpc"), 3, 1, "mode of inference"),
-        ("- task's texts, after warm-up", "warmup", ("after", "bpc"), 3, 1, "mode of inference"),
+        ("valid bits per character of the task, before warm-up", "warmup", ("before", "bpc"), 3, 1, "mode of inference"),
+        ("- after warm-up", "warmup", ("after", "bpc"), 3, 1, "mode of inference"),
         ("codebook utilisation %", "warmup", ("after", "code_utilisation"), 0, 100, ""),
         ("codebook perplexity", "warmup", ("after", "code_perplexity"), 2, 1, ""),
         ("quantization error, before warm-up", "warmup", ("before", "code_error"), 3, 1, "squared, per element"),
-        ("quantization error, after warm-up", "warmup", ("after", "code_error"), 3, 1, "squared, per element"),
+        ("- after warm-up", "warmup", ("after", "code_error"), 3, 1, "squared, per element"),
         ("test accuracy %", "finetune", ("test", "accuracy"), 1, 100, f"TF-IDF {100 * tfidf['accuracy']:.1f}"),
         ("test macro-F1 %", "finetune", ("test", "macro_f1"), 1, 100, f"TF-IDF {100 * tfidf['macro_f1']:.1f}"),
         (
@@ -77,6 +77,7 @@ def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], r
         ),
         ("- macro-F1 without pre-training %", "finetune", ("scratch", "macro_f1"), 1, 100, ""),
         ("bits per character lost to noise", "robustness", ("warmed-up", "degradation"), 3, 1, "mode of inference"),
+        ("bits per character lost on raw text", "robustness", ("warmed-up", "shift"), 3, 1, "mode of inference"),
         ("accuracy points lost to noise", "robustness", ("classifier", "degradation"), 1, 100, ""),
         ("experts unchanged by noise %", "robustness", ("classifier", "consistency"), 1, 100, ""),
         ("accuracy points lost on raw text", "robustness", ("classifier", "shift"), 1, 100, ""),

@@ -11,6 +11,8 @@ from pipeline.files import digest
 
 PACKAGES = ("torch", "numpy", "tokenizers", "scikit-learn", "mlflow", "dvc")
 DIFF_LIMIT = 1_000_000
+# What stages themselves write changes with every run and is no change of the source.
+SOURCES = (".", ":(exclude)results", ":(exclude)report", ":(exclude)dvc.lock")
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -25,11 +27,13 @@ def git(root: Path, *arguments: str) -> str:
 def source_tags(root: Path) -> dict[str, str]:
     """Tags for commit, dirty flag, DVC stage and experiment, and versions."""
     tags = {f"vqmoe.version.{name}": text for name in PACKAGES if (text := _version(name))}
+    # The same bits need as many threads: sums are split among them.
+    tags["vqmoe.threads"] = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
     tags |= {"vqmoe.version.python": platform.python_version(), "mlflow.source.name": "vqmoe", "mlflow.source.type": "LOCAL"}
     if commit := git(root, "rev-parse", "HEAD").strip():
         tags |= {
             "mlflow.source.git.commit": commit,
-            "vqmoe.git_dirty": str(bool(git(root, "status", "--porcelain").strip())).lower(),
+            "vqmoe.git_dirty": str(bool(git(root, "status", "--porcelain", "--", *SOURCES).strip())).lower(),
         }
     for variable, tag in (("DVC_STAGE", "dvc.stage"), ("DVC_EXP_NAME", "dvc.experiment"), ("USER", "mlflow.user")):
         if os.environ.get(variable):
@@ -39,7 +43,7 @@ def source_tags(root: Path) -> dict[str, str]:
 
 def diff(root: Path) -> str:
     """Changes against the commit, at most DIFF_LIMIT characters; "" when clean."""
-    return git(root, "diff", "HEAD")[:DIFF_LIMIT]
+    return git(root, "diff", "HEAD", "--", *SOURCES)[:DIFF_LIMIT]
 
 
 def digests(paths: Iterable[Path], root: Path, kind: str) -> dict[str, str]:

@@ -27,16 +27,19 @@ class Run:
     points that could not be sent are kept in a spool file, one JSON object per line.
     """
 
-    def __init__(self, root: Path, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
         self.id = f"offline-{uuid.uuid4().hex[:8]}"
         self._points: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self._broken_until = 0.0
-        self._warned = False
+        self._warned = self._lost = False
         self._client: Any = None
         self._experiment_id = ""
         self._offline = False
+
+    def open(self, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Create the run in the store; without one everything goes to the spool."""
         self._send(lambda: self._create(experiment, name, params, tags))
         self._offline = self.id.startswith("offline-")
 
@@ -91,7 +94,7 @@ class Run:
             self._tags({"vqmoe.error": error[:5000]})
         self._broken_until = 0.0
         self._send(lambda: self._client.set_terminated(self.id, status))
-        if self._warned:
+        if self._warned and not self._lost:
             print(f"vqmoe: what could not be recorded of run {self.id} is kept in {self._spool_path()}", file=sys.stderr)
 
     def _create(self, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -147,9 +150,14 @@ class Run:
 
     def _spool(self, points: list[dict[str, Any]]) -> None:
         path = self._spool_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"run_id": self.id} | point) + "\n" for point in points)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"run_id": self.id} | point) + "\n" for point in points)
+        except OSError as error:
+            if not self._lost:
+                self._lost = True
+                print(f"vqmoe: {path}: cannot be written ({error.strerror}); metrics of this run are lost", file=sys.stderr)
 
     def _spool_path(self) -> Path:
         return store.folder(self.root) / "spool" / f"{self.id}.jsonl"
@@ -165,9 +173,10 @@ def start(
     """A run `name` in the experiment `<experiment>/<stage>`; it ends FINISHED, FAILED or KILLED with the body."""
     tags = lineage.source_tags(root) | {"vqmoe.stage": stage, "vqmoe.params_fingerprint": fingerprint(params)}
     tags |= lineage.digests(inputs, root, "in")
-    run = Run(root, f"{experiment}/{stage}", name, params, tags)
+    run = Run(root)
     with terminable():
         try:
+            run.open(f"{experiment}/{stage}", name, params, tags)
             yield run
         except (KeyboardInterrupt, SystemExit) as stop:
             run.end("KILLED", type(stop).__name__)
@@ -180,7 +189,7 @@ def start(
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM leaves through the normal way out, so that the run can be closed."""
+    """SIGTERM and SIGHUP (a closed terminal) leave through the normal way out, so that the run can be closed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -188,8 +197,9 @@ def terminable() -> Iterator[None]:
     def leave(signum: int, frame: object) -> None:
         raise SystemExit(128 + signum)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -27,7 +27,10 @@ def serve(root: Path, port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError:
             raise UsageError(f"port {port} is taken; name another with --port") from None
-    store.connect(root)
+    try:
+        store.connect(root)
+    except OSError as error:
+        raise Failure(f"{store.folder(root)}: cannot be used ({error.strerror}); it has to be a writable folder") from None
     command = [
         sys.executable,
         "-m",

@@ -37,18 +37,13 @@ def fit(
     score: str,
     log: Log,
     label: str,
-    keep_start: bool = False,
 ) -> Fitted:
     """Train for `training.steps` steps; the model ends with the weights of its best validation (lowest `score`).
 
-    `objective(step)` returns the loss to minimise and its named parts. With `keep_start` the weights it came with count
-    as step 0, so that training never makes a model worse. Raises Failure when the loss is not finite.
+    `objective(step)` returns the loss to minimise and its named parts. Raises Failure when a loss or a validation is not
+    finite.
     """
     best_score, best_step, best, best_state = math.inf, 0, {}, {}
-    if keep_start:
-        model.eval()
-        best = validate()
-        best_score, best_state = best[score], {name: tensor.clone() for name, tensor in model.state_dict().items()}
     history: list[dict[str, float]] = []
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -61,10 +56,7 @@ def fit(
             loss, parts = objective(step)
             values = {"loss": loss.item()} | {name: part.item() for name, part in parts.items()}
             for name, value in values.items():
-                if not math.isfinite(value):
-                    raise Failure(
-                        f"{label}: {name} is {value} at step {step}; lower learning_rate or clip, nothing was overwritten"
-                    )
+                _check_finite(label, name, value, step)
                 sums[name] = sums.get(name, 0.0) + value
                 counts[name] = counts.get(name, 0) + 1
             optimizer.zero_grad()
@@ -81,6 +73,7 @@ def fit(
             if step % training.validate_every == 0 or step == training.steps:
                 model.eval()
                 valid = validate()
+                _check_finite(label, f"validation {score}", valid[score], step)
                 log({f"valid/{name}": value for name, value in valid.items()}, step)
                 progress.advance(0, **{f"valid {score}": valid[score]})
                 means = {f"train/{name}": sums[name] / counts[name] for name in sorted(sums)}
@@ -93,3 +86,8 @@ def fit(
     model.load_state_dict(best_state)
     model.eval()
     return Fitted(best_step, best, history)
+
+
+def _check_finite(label: str, name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise Failure(f"{label}: {name} is {value} at step {step}; lower learning_rate or clip, nothing was overwritten")

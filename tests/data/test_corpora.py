@@ -26,9 +26,12 @@ def test_the_embedded_corpus_is_split_by_whole_address():
 
 
 def test_a_text_file_is_cut_90_5_5(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 900 + "y" * 50 + "z" * 50)
-    corpus = load_corpus("a.txt", tmp_path)
-    assert [set(corpus[split][0].text) for split in SPLITS] == [{"x"}, {"y"}, {"z"}]
+    text = "x" * 900 + "y" * 50 + "z" * 50
+    (tmp_path / "a.TXT").write_text(text)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
+    for name in ("a.TXT", "a.txt.xz"):
+        corpus = load_corpus(name, tmp_path)
+        assert [set(corpus[split][0].text) for split in SPLITS] == [{"x"}, {"y"}, {"z"}]
 
 
 def test_a_folder_and_json_lines(tmp_path, corpus_folder):
@@ -71,6 +74,7 @@ GOOD = [{"text": "a", "split": split} for split in SPLITS]
         ("c.jsonl", _lines(*GOOD, {"text": 5, "split": "train"}), r"line 4: text is 5"),
         ("c.jsonl", _lines(*GOOD, {"text": "a", "split": "dev"}), r"line 4: split is 'dev'; expected train, valid, test"),
         ("c.jsonl", _lines(*GOOD, [1]), r"line 4: holds list"),
+        ("c.jsonl", _lines(*GOOD, "[" * 100_000), r"line 4: not JSON"),
         ("c.jsonl", _lines(*GOOD, {"text": "a \ud83d b", "split": "test"}), r"line 4: text holds half of a surrogate pair"),
         ("c.jsonl", _lines(*GOOD[:2]), r"the test split is empty"),
         ("c.jsonl", b"\xff\xfe", r"not UTF-8 at byte 0; convert"),
@@ -91,6 +95,11 @@ def test_bad_files_are_one_line(tmp_path, name, content, words):
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(UsageError, match=r"data\.corpus is 'sotuu': neither an embedded corpus \(sotu\) nor an existing path"):
         load_corpus("sotuu", tmp_path)
+    with pytest.raises(UsageError, match="nor an existing path"):
+        load_corpus("x" * 300, tmp_path)
+    (tmp_path / "c.csv").write_text("text,split")
+    with pytest.raises(UsageError, match=r"expected a folder, or a file \.txt or \.jsonl"):
+        load_corpus("c.csv", tmp_path)
     with pytest.raises(Failure, match=r"sotu\.jsonl\.xz: not found; restore"):
         load_corpus("sotu", tmp_path)
     (tmp_path / "folder").mkdir()

@@ -18,6 +18,9 @@ def test_commit_and_changes_are_named(tmp_path):
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert tags["vqmoe.git_dirty"] == "false"
     assert lineage.diff(tmp_path) == ""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/pretrain.json").write_text("{}")  # what stages write is no change of the source
+    assert lineage.source_tags(tmp_path)["vqmoe.git_dirty"] == "false"
     (tmp_path / "a.txt").write_text("two\n")
     assert lineage.source_tags(tmp_path)["vqmoe.git_dirty"] == "true"
     assert "+two" in lineage.diff(tmp_path)

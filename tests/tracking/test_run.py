@@ -92,7 +92,8 @@ def test_a_run_that_ends_badly_says_how(tmp_path, begin, error, status):
         assert "no" in found.data.tags["vqmoe.error"]
 
 
-def test_sigterm_ends_a_run_as_killed(tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_run_as_killed(tmp_path, sent, code):
     script = (
         "import sys, time, pathlib\nfrom pipeline import tracking\n"
         "with tracking.start(pathlib.Path(sys.argv[1]), experiment='t', stage='s', name='n', params={}) as run:\n"
@@ -100,8 +101,8 @@ def test_sigterm_ends_a_run_as_killed(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     run_id = process.stdout.readline().strip()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(sent)
+    assert process.wait(30) == code
     assert stored(tmp_path, run_id).info.status == "KILLED"
 
 
@@ -123,6 +124,29 @@ def test_a_store_that_cannot_be_reached_costs_a_warning_and_keeps_the_points(tmp
     assert printed.count("cannot record") == 1
     assert "secret" not in printed
     assert "127.0.0.1:9" in printed
+
+
+def test_an_interrupt_while_the_run_is_created_ends_it_too(tmp_path, begin, monkeypatch):
+    def interrupted(root):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module.lineage, "diff", interrupted)
+    with pytest.raises(KeyboardInterrupt), begin():
+        pytest.fail("the body was reached")
+    client = store.connect(tmp_path)
+    (run,) = client.search_runs([client.get_experiment_by_name("t/pretrain").experiment_id])
+    assert run.info.status == "KILLED"
+
+
+def test_a_folder_that_cannot_be_written_costs_the_records_not_the_run(tmp_path, begin, capsys):
+    (tmp_path / ".mlflow").write_text("")
+    with begin() as run:
+        run.log({"a": 1.0})
+        run.flush()
+        run.log({"a": 2.0})
+    printed = capsys.readouterr().err
+    assert "cannot record" in printed
+    assert printed.count("metrics of this run are lost") == 1
 
 
 def test_four_processes_start_on_an_empty_database_at_once(tmp_path):

@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 
 from pipeline import tracking
-from pipeline.errors import UsageError
+from pipeline.errors import Failure, UsageError
 from pipeline.tracking import store
 from tests.conftest import REPOSITORY
 
@@ -26,6 +26,12 @@ def test_a_taken_port_is_named(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=f"port {port} is taken; name another with --port"):
             tracking.serve(tmp_path, port)
+
+
+def test_a_store_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / ".mlflow").write_text("")
+    with pytest.raises(Failure, match=r"\.mlflow: cannot be used .*it has to be a writable folder"):
+        tracking.serve(tmp_path, _free_port())
 
 
 def test_a_server_of_its_own_is_pointed_to(tmp_path, monkeypatch, capsys):

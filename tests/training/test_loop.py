@@ -47,24 +47,6 @@ def test_the_best_validation_is_kept_not_the_last(seeded):
     assert {"valid/bpc", "train/loss"} <= {key for _, values in logged for key in values}
 
 
-def test_the_start_is_kept_when_training_makes_it_worse(seeded):
-    model = nn.Linear(1, 1)
-    before, scores = model.weight.item(), iter([1.0, 2.0, 3.0, 4.0, 5.0])
-    fitted = fit(
-        model,
-        adam(model.parameters(), 0.1),
-        training(),
-        objective=lambda step: (model(torch.ones(1, 1)).square().mean(), {}),
-        validate=lambda: {"bpc": next(scores)},
-        score="bpc",
-        log=lambda values, step: None,
-        label="test",
-        keep_start=True,
-    )
-    assert (fitted.best_step, fitted.best) == (0, {"bpc": 1.0})
-    assert model.weight.item() == before
-
-
 def test_a_loss_that_is_not_finite_stops_and_is_named(seeded):
     model = nn.Linear(1, 1)
 
@@ -74,6 +56,12 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(seeded):
 
     with pytest.raises(Failure, match=r"balance is nan at step 7"):
         run(model, objective, lambda: {"bpc": 1.0})
+
+
+def test_a_validation_that_is_not_finite_stops_too(seeded):
+    model = nn.Linear(1, 1)
+    with pytest.raises(Failure, match=r"validation bpc is nan at step 5"):
+        run(model, lambda step: (model(torch.ones(1, 1)).square().mean(), {}), lambda: {"bpc": math.nan})
 
 
 def test_schedule_rises_then_falls_to_zero():
