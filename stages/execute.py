@@ -27,7 +27,7 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
     """Run `stage` (of one cell of the grid, where it has cells) and return what its result file holds."""
     chosen = params.select(SECTIONS[stage], cell.method if cell else None)
     inputs = _sources(params.data, paths) if stage == "prepare" else paths.inputs(stage, cell)
-    for path in inputs if stage != "prepare" else []:
+    for path in inputs:
         if not path.exists():
             raise Failure(f"{path}: not found; run the stage that makes it first (`dvc repro`, or `vqmoe train` for all stages)")
     shown = flat({"data": params.data}) | flat(chosen) | ({"method": cell.method, "seed": cell.seed} if cell else {})
