@@ -76,7 +76,8 @@ def _upstream_runs(stage: str, params: Params, paths: Paths, cell: Cell | None) 
     else:
         cells = [Cell(method, seed) for method in params.grid.methods for seed in params.grid.seeds]
         results |= {f"{upstream}.{one.name}": paths.result(upstream, one) for upstream in GRID_STAGES for one in cells}
-    return {name: read_result(path)["run_id"] for name, path in results.items()}
+    # A result file that is not there costs the tag, not the run: models may have come without it.
+    return {name: read_result(path)["run_id"] for name, path in results.items() if path.exists()}
 
 
 def _manifest(data: Any, paths: Paths) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline import config
+from pipeline.models.build import Spec
 from pipeline.moe.layer import SETTINGS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -52,6 +53,19 @@ def _clean_environment(monkeypatch):
 def tiny_params():
     """A function from overrides to the params of the tiny experiment."""
     return lambda *overrides: config.load(REPOSITORY / "params.yaml", SETTINGS, (*TINY, *overrides))
+
+
+@pytest.fixture
+def tiny_spec(tiny_params):
+    """A function from a method and a kind of model to the description of one of the tiny experiment."""
+
+    def describe(method, kind="language-model", **more):
+        params = tiny_params()
+        head = {"labels": ("a", "b"), "pooling": "mean", "head_dropout": 0.1} if kind == "classifier" else {}
+        described = {"settings": params.method(method), "model": params.model, "vocabulary": 257} | head | more
+        return Spec(kind=kind, method=method, **described)
+
+    return describe
 
 
 @pytest.fixture

@@ -189,7 +189,10 @@ def start(
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP (a closed terminal) leave through the normal way out, so that the run can be closed."""
+    """SIGTERM and SIGHUP (a closed terminal) leave through the normal way out, so that the run can be closed.
+
+    A signal that is ignored stays ignored: `nohup` asks for that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -197,7 +200,8 @@ def terminable() -> Iterator[None]:
     def leave(signum: int, frame: object) -> None:
         raise SystemExit(128 + signum)
 
-    before = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [signum for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, leave) for signum in heeded}
     try:
         yield
     finally:

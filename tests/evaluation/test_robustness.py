@@ -17,7 +17,7 @@ from pipeline.evaluation.robustness import (
     language_trace,
     texts,
 )
-from pipeline.models.build import Spec, build
+from pipeline.models.build import build
 from pipeline.training.validation import bits_per_character
 
 SEGMENTS = np.stack([np.frombuffer(b"the cat sat on a mat and the dog", dtype=np.uint8).astype(np.uint16)] * 3)
@@ -29,11 +29,8 @@ def noise(kind, rate=0.3):
 
 
 @pytest.fixture
-def model(tiny_params, seeded):
-    params = tiny_params()
-    return build(
-        Spec(kind="language-model", method="smoe", settings=params.method("smoe"), model=params.model, vocabulary=257)
-    ).eval()
+def model(tiny_spec, seeded):
+    return build(tiny_spec("smoe")).eval()
 
 
 def test_clean_text_scores_as_in_validation(model):
@@ -89,19 +86,8 @@ def test_consistency_follows_moved_characters():
     assert consistency(clean, noisy, torch.tensor([[1, 0, -1]])) == 1.0
 
 
-def test_padding_takes_no_part_in_consistency(tiny_params, seeded):
-    params = tiny_params()
-    spec = Spec(
-        kind="classifier",
-        method="smoe",
-        settings=params.method("smoe"),
-        model=params.model,
-        vocabulary=257,
-        labels=("a", "b"),
-        pooling="last",
-        head_dropout=0.0,
-    )
-    made = build(spec).eval()
+def test_padding_takes_no_part_in_consistency(tiny_spec, seeded):
+    made = build(tiny_spec("smoe", "classifier", pooling="last", head_dropout=0.0)).eval()
     trace = classifier_trace(made, texts([SEGMENTS[0, :5], SEGMENTS[0, :9]], 12, 256), "router")
     assert trace.scores.shape == (2, 2)
     assert (trace.index[0][0, 5:] == -1).all()

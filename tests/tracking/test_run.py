@@ -126,6 +126,19 @@ def test_a_store_that_cannot_be_reached_costs_a_warning_and_keeps_the_points(tmp
     assert "127.0.0.1:9" in printed
 
 
+def test_nohup_outlives_its_terminal(tmp_path):
+    script = (
+        "import os, pathlib, signal, sys\nfrom pipeline import tracking\n"
+        "with tracking.start(pathlib.Path(sys.argv[1]), experiment='t', stage='s', name='n', params={}) as run:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n    print(run.id, flush=True)\n"
+    )
+    done = subprocess.run(
+        ["nohup", sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert stored(tmp_path, done.stdout.strip()).info.status == "FINISHED"
+
+
 def test_an_interrupt_while_the_run_is_created_ends_it_too(tmp_path, begin, monkeypatch):
     def interrupted(root):
         raise KeyboardInterrupt

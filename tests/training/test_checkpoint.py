@@ -4,23 +4,13 @@ import pytest
 import torch
 
 from pipeline.errors import Failure
-from pipeline.models.build import Spec, build
+from pipeline.models.build import build
 from pipeline.training import checkpoint
 
 
 @pytest.fixture
-def spec(tiny_params):
-    params = tiny_params()
-    return Spec(
-        kind="classifier",
-        method="vqmoe",
-        settings=params.method("vqmoe"),
-        model=params.model,
-        vocabulary=50,
-        labels=("a", "b"),
-        pooling="mean",
-        head_dropout=0.1,
-    )
+def spec(tiny_spec):
+    return tiny_spec("vqmoe", "classifier", vocabulary=50)
 
 
 @pytest.fixture

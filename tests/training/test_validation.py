@@ -5,17 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models.build import Spec, build
+from pipeline.models.build import build
 from pipeline.training import validation
 from pipeline.training.validation import RoutingTally, bits_per_character, classify
 
 
 @pytest.fixture
-def model(tiny_params, seeded):
-    params = tiny_params()
-    return build(
-        Spec(kind="language-model", method="vqmoe", settings=params.method("vqmoe"), model=params.model, vocabulary=50)
-    ).eval()
+def model(tiny_spec, seeded):
+    return build(tiny_spec("vqmoe")).eval()
 
 
 @pytest.fixture
@@ -51,28 +48,16 @@ def test_the_tally_counts_every_assignment_over_batches(model, segments, monkeyp
     assert 0 < tally.summary()["code_utilisation"] <= 1
 
 
-def test_a_router_has_no_codes(tiny_params, segments, seeded):
-    params = tiny_params()
-    model = build(Spec(kind="language-model", method="smoe", settings=params.method("smoe"), model=params.model, vocabulary=50))
+def test_a_router_has_no_codes(tiny_spec, segments, seeded):
+    model = build(tiny_spec("smoe"))
     tally = RoutingTally(model)
     bits_per_character(model.eval(), segments, "router", watch=tally)
     assert tally.code_shares() == []
     assert set(tally.summary()) == {"load_imbalance", "load_entropy", "load_variation", "load_unused"}
 
 
-def test_classes_keep_the_order_of_the_passages(tiny_params, seeded, monkeypatch):
-    params = tiny_params()
-    spec = Spec(
-        kind="classifier",
-        method="vqmoe",
-        settings=params.method("vqmoe"),
-        model=params.model,
-        vocabulary=50,
-        labels=("a", "b", "c"),
-        pooling="mean",
-        head_dropout=0.1,
-    )
-    model = build(spec).eval()
+def test_classes_keep_the_order_of_the_passages(tiny_spec, seeded, monkeypatch):
+    model = build(tiny_spec("vqmoe", "classifier", labels=("a", "b", "c"))).eval()
     ids = [np.arange(1, 2 + n, dtype=np.uint16) for n in range(9)]
     alone = torch.cat([classify(model, [one], 0, "discrete") for one in ids])
     monkeypatch.setattr(validation, "BATCH", 4)
