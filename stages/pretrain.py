@@ -36,7 +36,9 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         model,
         adam(model.parameters(), settings.learning_rate),
         settings,
-        objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
+        objective=language_objective(
+            model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, steps=settings.steps
+        ),
         validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
         score="bpc",
         log=log,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Model
 from pipeline.moe.layer import LayerOutput, Mode, build_layer
-from pipeline.moe.routers.base import Loss, Settings
+from pipeline.moe.routers.base import Loss, Settings, Sizes
 
 
 class Hidden(NamedTuple):
@@ -22,8 +22,10 @@ class Hidden(NamedTuple):
     layers: list[LayerOutput]
 
     def auxiliary(self) -> Tensor:
-        """Weighted sum of all layers' auxiliary losses."""
+        """Weighted sum of all layers' auxiliary losses; zero where there are none."""
         terms: list[Loss] = [loss for layer in self.layers for loss in layer.losses.values()]
+        if not terms:
+            return self.state_BTD.new_zeros(())
         return torch.stack([loss.weight * loss.value for loss in terms]).sum()
 
     def losses(self) -> dict[str, Tensor]:
@@ -44,7 +46,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocabulary, model.width)
         self.positions = nn.Embedding(model.context, model.width) if model.positions == "learned" else None
         self.dropout = nn.Dropout(model.dropout)
-        self.blocks = nn.ModuleList(Block(model, method, settings) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(model, method, settings, vocabulary) for _ in range(model.layers))
         self.norm = nn.LayerNorm(model.width) if model.norm == "pre" else nn.Identity()
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.positions is not None:
@@ -63,6 +65,12 @@ class Transformer(nn.Module):
     def infer_mode(self) -> Mode:
         return self.moe_layers[0].infer_mode
 
+    def begin_step(self, done: float) -> None:
+        """Tell the routers that a step of pre-training begins, with this share of the steps done (0 to 1)."""
+        routers = [layer.router for layer in self.moe_layers if hasattr(layer, "router")]
+        if routers:
+            type(routers[0]).begin_step(routers, done)
+
     def forward(self, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor | None = None) -> Hidden:
         """Hidden states of at most `context` tokens; positions where `valid_BT` is false never reach an expert."""
         width = self.embedding.embedding_dim
@@ -72,7 +80,7 @@ class Transformer(nn.Module):
         x_BTD = self.dropout(x_BTD)
         layers = []
         for block in self.blocks:
-            x_BTD, output = block(x_BTD, mode, valid_BT)
+            x_BTD, output = block(x_BTD, tokens_BT, mode, valid_BT)
             layers.append(output)
         return Hidden(self.norm(x_BTD), layers)
 
@@ -84,27 +92,28 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Causal self-attention, then the mixture of experts, each with a residual and a normalisation before or after."""
 
-    def __init__(self, model: Model, method: str, settings: Settings) -> None:
+    def __init__(self, model: Model, method: str, settings: Settings, vocabulary: int) -> None:
         super().__init__()
         self.heads, self.pre = model.heads, model.norm == "pre"
         self.attention_norm = nn.LayerNorm(model.width)
         self.qkv = nn.Linear(model.width, 3 * model.width)
         self.rotary = Rotary(model.width // model.heads, model.context) if model.positions == "rotary" else None
         self.project = nn.Linear(model.width, model.width)
-        self.moe_norm = nn.LayerNorm(model.width)
-        self.moe = build_layer(
-            method, settings, width=model.width, experts=model.experts, hidden=model.expert_width, dropout=model.dropout
-        )
+        moe = build_layer(method, settings, Sizes(model.width, model.experts, model.expert_width, vocabulary, model.dropout))
+        # A layer with a normalisation of its own shares it with the block, and is the one that registers it.
+        self.moe_norm = None if hasattr(moe, "norm") else nn.LayerNorm(model.width)
+        self.moe = moe
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x_BTD: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
+    def forward(self, x_BTD: Tensor, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
+        moe_norm = self.moe_norm or self.moe.norm
         if self.pre:
             x_BTD = x_BTD + self._attend(self.attention_norm(x_BTD))
-            y_BTD, output = self._mix(self.moe_norm(x_BTD), mode, valid_BT)
+            y_BTD, output = self._mix(moe_norm(x_BTD), tokens_BT, mode, valid_BT)
             return x_BTD + y_BTD, output
         x_BTD = self.attention_norm(x_BTD + self._attend(x_BTD))
-        y_BTD, output = self._mix(x_BTD, mode, valid_BT)
-        return self.moe_norm(x_BTD + y_BTD), output
+        y_BTD, output = self._mix(x_BTD, tokens_BT, mode, valid_BT)
+        return moe_norm(x_BTD + y_BTD), output
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
         batch, length, width = x_BTD.shape
@@ -114,11 +123,11 @@ class Block(nn.Module):
         y_BTD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
         return self.dropout(self.project(y_BTD))
 
-    def _mix(self, x_BTD: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
+    def _mix(self, x_BTD: Tensor, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
         if valid_BT is None:
-            output = self.moe(x_BTD.flatten(0, 1), mode)
+            output = self.moe(x_BTD.flatten(0, 1), mode, tokens_BT.flatten())
             return self.dropout(output.y_ND.view_as(x_BTD)), output
-        output = self.moe(x_BTD[valid_BT], mode)
+        output = self.moe(x_BTD[valid_BT], mode, tokens_BT[valid_BT])
         return self.dropout(torch.zeros_like(x_BTD).masked_scatter(valid_BT[..., None], output.y_ND)), output
 
 

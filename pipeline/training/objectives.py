@@ -13,10 +13,17 @@ from pipeline.training.loop import Objective
 from pipeline.training.validation import nats
 
 
-def language_objective(model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode) -> Objective:
-    """Next-token cross-entropy plus the layers' auxiliary losses, on random segments of the model's context length."""
+def language_objective(
+    model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode, steps: int | None = None
+) -> Objective:
+    """Next-token cross-entropy plus the layers' auxiliary losses, on random segments of the model's context length.
+
+    `steps` is the length of a pre-training, over which routers follow their schedules; without it they follow none.
+    """
 
     def objective(step: int):
+        if steps is not None:
+            model.begin_step((step - 1) / steps)
         segment_BT = token_batch(tokens, batch, model.context, seed, step)
         loss, hidden = nats(model, segment_BT[:, :-1], segment_BT[:, 1:], mode)
         return loss + hidden.auxiliary(), {"bpc": loss / math.log(2)} | hidden.losses()
