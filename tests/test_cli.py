@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import cli
 from pipeline.moe.layer import SETTINGS
@@ -104,6 +106,12 @@ def test_the_other_methods_pass_through_all_stages_into_one_report(vqmoe, worksp
             assert result.exit_code == 0, (method, stage, result.output)
         pretrain = json.loads((workspace / f"results/pretrain/{method}-s0.json").read_text())["metrics"]
         assert set(pretrain["test"]) == {"bpc", inference.get(method, "bpc")}
+    trained, tuned = (
+        load_file(workspace / f"outputs/{stage}/stablemoe-s0/model.safetensors") for stage in ("pretrain", "finetune")
+    )
+    assert trained["blocks.0.moe.router.frozen"]
+    for name in ("frozen", "light.0.weight", "light.1.weight"):
+        assert torch.equal(tuned[f"backbone.blocks.0.moe.router.{name}"], trained[f"blocks.0.moe.router.{name}"])
     result = vqmoe("report", overrides=overrides)
     assert result.exit_code == 0, result.output
     assert f"| measure | {' | '.join(others)} | to compare with |" in (workspace / "report/report.md").read_text()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,9 +17,6 @@ from tests.moe.reference import Naive
 
 SECTIONS = config.load(REPOSITORY / "params.yaml", SETTINGS).methods
 WIDTH, VOCABULARY = 4, 7
-
-# The same cases in every run: near-ties, which float32 and float64 may break differently, cannot come and go.
-few = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Case(NamedTuple):
@@ -50,12 +47,27 @@ class Case(NamedTuple):
 
 
 CASE = Case(tokens=12, experts=4, top_k=2, same=False, seed=0)
+EDGES = {
+    "one token": Case(1, 5, 2, False, 0),
+    "all experts": Case(8, 5, 5, False, 500),
+    "all tokens to one expert": Case(8, 5, 1, True, 999),
+}
 
 
 @st.composite
 def cases(draw) -> Case:
     experts = draw(st.integers(1, 5))
     return Case(draw(st.integers(1, 8)), experts, draw(st.integers(1, experts)), draw(st.booleans()), draw(st.integers(0, 999)))
+
+
+def over_cases(test: Callable) -> Callable:
+    """Run a test of one case, its last argument, on random cases and on those at the edges.
+
+    They are the same in every run: near-ties, which float32 and float64 may break differently, do not come and go.
+    """
+    for edge in EDGES.values():
+        test = example(edge)(test)
+    return settings(max_examples=15, deadline=None, derandomize=True)(given(cases())(test))
 
 
 def assert_matches(made: nn.Module, mode: Mode, naive: Callable[..., Naive], x_ND: Tensor, id_N: Tensor | None = None) -> None:

@@ -69,9 +69,8 @@ def smoe_dropout(layer, x_ND: Tensor, k: int) -> Naive:
 def hyperrouter(layer, x_ND: Tensor, k: int) -> Naive:
     """A linear router made of one embedding, k experts."""
     width, hidden = layer.router.a_DH.shape
-    embedding = layer.router.embedding_1D[0]
-    units = [sum(embedding[d] * layer.router.a_DH[d, h] for d in range(width)).clamp(min=0) for h in range(hidden)]
-    made = [sum(units[h] * layer.router.b_HR[h, r] for h in range(hidden)) for r in range(layer.router.b_HR.shape[1])]
+    units = [(layer.router.embedding_D @ layer.router.a_DH[:, h]).clamp(min=0) for h in range(hidden)]
+    made = [torch.stack(units) @ layer.router.b_HR[:, r] for r in range(layer.router.b_HR.shape[1])]
     rows = [made[start : start + width + 1] for start in range(0, len(made), width + 1)]
     scores = [[sum(x_D[d] * row[d] for d in range(width)) + row[width] for row in rows] for x_D in x_ND]
     return _routed(layer, x_ND, scores, k)

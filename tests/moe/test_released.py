@@ -1,18 +1,16 @@
 import pytest
 import torch
-from hypothesis import given
 
 from pipeline.moe.layer import SETTINGS, build_layer
 from pipeline.moe.routers.base import Sizes
 from tests.moe import reference
-from tests.moe.compare import CASE, SECTIONS, WIDTH, assert_matches, cases, few
+from tests.moe.compare import CASE, SECTIONS, WIDTH, assert_matches, over_cases
 
 MODES = {"both": reference.released_both, "router": reference.released_router, "discrete": reference.released_discrete}
 
 
 @pytest.mark.parametrize("mode", MODES)
-@few
-@given(case=cases())
+@over_cases
 def test_matches_the_loops_in_every_mode(mode, case):
     made = case.layer("vqmoe_released", codes=2 * case.experts)
     assert_matches(made, mode, MODES[mode], *case.inputs())

@@ -16,13 +16,13 @@ def test_scores_start_as_large_as_those_of_a_default_linear_router(seeded):
 
 def test_only_the_embedding_learns():
     made = CASE.layer("hyperrouter").train()
-    assert made.assignment_parameters() == [made.router.embedding_1D]
+    assert made.assignment_parameters() == [made.router.embedding_D]
     before = {name: tensor.clone() for name, tensor in made.router.state_dict().items()}
     optimizer = adam(made.parameters(), 0.1)
     made(torch.randn(12, WIDTH), "dense").y_ND.square().sum().backward()
     optimizer.step()
     changed = {name for name, tensor in made.router.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"embedding_1D"}
+    assert changed == {"embedding_D"}
 
 
 def test_the_hypernetwork_survives_save_and_load():

@@ -1,20 +1,17 @@
 import pytest
 import torch
-from hypothesis import given
 
 from pipeline.training.optim import adam
 from tests.moe import reference
-from tests.moe.compare import CASE, VOCABULARY, WIDTH, assert_matches, cases, few
+from tests.moe.compare import CASE, VOCABULARY, WIDTH, assert_matches, over_cases
 
 
-@few
-@given(cases())
+@over_cases
 def test_stage_1_matches_the_loops(case):
     assert_matches(case.layer("stablemoe"), "router", reference.stablemoe, *case.inputs())
 
 
-@few
-@given(cases())
+@over_cases
 def test_stage_2_matches_the_loops(case):
     made = case.layer("stablemoe")
     made.router.begin_step([made.router], 0.1)
