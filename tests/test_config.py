@@ -55,6 +55,7 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("methods.smoe=2", ["methods.smoe is 2", "a section of keys and values"]),
         ("methods=[smoe]", ["methods is ['smoe']", "a section of keys and values"]),
         ("model.heads=5", ["model: heads is 5", "must divide width (128)"]),
+        ("model.expert_width=100", ["model: expert_width is 100", "a multiple of 8"]),
         ("model.norm=middle", ["model.norm is 'middle'", "'pre' or 'post'"]),
         ("methods.vqmoe.codes=9", ["methods.vqmoe", "codes is 9", "multiple of model.experts (8)"]),
         ("methods.smoe.top_k=9", ["methods.smoe", "top_k is 9", "at most model.experts (8)"]),
