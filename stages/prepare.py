@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from pipeline.data.batches import write_tokens
 from pipeline.data.corpora import SPLITS, join, load_corpus, streams
-from pipeline.data.references import compressors, tfidf, unigram_entropy
+from pipeline.data.references import compressors, language_references, tfidf
 from pipeline.data.tasks import load_task, write_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.files import digest, output_folder, write_json
@@ -19,13 +19,12 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         corpus = load_corpus(data.corpus, paths.root)
         task = load_task(data.task, corpus, paths.root, params.prepare.passage)
         progress.advance()
-        tokenizer = Tokenizer.bytes()
         texts = streams(corpus, data.view)
+        tokenizer = Tokenizer.make(data.tokenizer, [texts["train"]], data.vocabulary)
         tokens = {split: tokenizer.encode(text) for split, text in texts.items()}
         progress.advance()
-        references = {
-            "bits_per_character": compressors(texts["test"].encode()) | {"unigram": unigram_entropy(tokens["test"])},
-        }
+        test = texts["test"].encode()
+        references = language_references(compressors(test), tokens["test"], len(test), tokenizer.unit)
         progress.advance()
         references["tfidf"] = tfidf(task, params.prepare.vocabulary, data.view)
         progress.advance()
@@ -41,19 +40,17 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         }
         with output_folder(paths.data) as folder:
             for split in SPLITS:
-                write_tokens(folder / f"{split}.npy", tokens[split])
-            if data.view == "text27":
-                write_tokens(folder / "raw.npy", tokenizer.encode(join([d.text for d in corpus["test"]], "bytes")))
+                write_tokens(folder / f"{split}.npy", [tokens[split]], tokenizer.dtype)
+            if data.view == "text27" and tokenizer.kind == "bytes":
+                write_tokens(folder / "raw.npy", [tokenizer.encode(join([d.text for d in corpus["test"]], "bytes"))])
             tokenizer.save(folder / "tokenizer.json")
             write_task(folder / "task.jsonl", task)
             files = {path.name: digest(path) for path in sorted(folder.iterdir())}
             write_json(
                 folder / "manifest.json",
                 {
-                    "corpus": data.corpus,
-                    "view": data.view,
-                    "task": data.task,
-                    "vocabulary": tokenizer.size,
+                    **data.model_dump(),
+                    "ids": tokenizer.size,
                     **counts,
                     "labels": labels,
                     "references": references,
