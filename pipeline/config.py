@@ -69,7 +69,19 @@ class Grid(Section):
 class Data(Section):
     corpus: str
     view: Literal["text27", "bytes"]
+    tokenizer: Literal["bytes", "characters", "words", "bpe"]
+    vocabulary: Annotated[int, Field(ge=0)]
     task: str
+
+    @model_validator(mode="after")
+    def _tokenizer_fits(self) -> "Data":
+        if self.tokenizer == "characters" and self.view != "text27":
+            raise ValueError(f"tokenizer is 'characters': view is '{self.view}', must be text27")
+        if self.tokenizer == "bpe" and self.vocabulary < 256:
+            raise ValueError(f"vocabulary is {self.vocabulary}: tokenizer bpe needs at least 256, an entry for each byte")
+        if self.tokenizer == "words" and self.vocabulary in (1, 2):
+            raise ValueError(f"vocabulary is {self.vocabulary}: <eos> and <unk> take two; give words more, or 0 for all of them")
+        return self
 
 
 class Prepare(Section):
@@ -192,6 +204,8 @@ class Params(Section):
             self.method(name)
         if self.finetune.crop > self.model.context:
             raise ValueError(f"finetune.crop is {self.finetune.crop}: at most model.context ({self.model.context})")
+        if self.data.tokenizer in ("words", "bpe") and "keyboard" in self.robustness.kinds:
+            raise ValueError(f"robustness.kinds has keyboard: tokens of {self.data.tokenizer} have no neighbouring keys; drop it")
         return self
 
     def method(self, name: str) -> Any:

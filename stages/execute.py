@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import tracking
 from pipeline.config import Params, flat
 from pipeline.data.corpora import exists, source
+from pipeline.data.tasks import task_source
 from pipeline.errors import Failure
 from pipeline.files import read_json, write_json
 from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths, read_result
@@ -50,6 +51,8 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         else:
             write_json(paths.result(stage, cell), result)
         run.outputs(paths.outputs(stage, cell))
+        for table in sorted(paths.output(stage, cell).glob("*.csv")) if cell else ():
+            run.artifact(table)
         if cell and (paths.output(stage, cell) / "model.safetensors").exists():
             run.model(paths.output(stage, cell), name=f"{stage}-{name}", metrics=_numbers(metrics))
     return result
@@ -63,7 +66,7 @@ def _cost(started: float) -> dict[str, float]:
 
 def _sources(data: Any, paths: Paths) -> list[Path]:
     """Files or folders that corpus and task come from."""
-    return [path for path in (source(data.corpus, paths.root), source(data.task, paths.root)) if exists(path)]
+    return [path for path in (source(data.corpus, paths.root), task_source(data.task, paths.root)) if exists(path)]
 
 
 def _upstream_runs(stage: str, params: Params, paths: Paths, cell: Cell | None) -> dict[str, str]:

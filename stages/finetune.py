@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 from torch import Tensor
 
 from pipeline.data.batches import Examples, encode_examples, spaced
@@ -59,10 +59,11 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         layer.freeze_assignment()
     fitted = _fit(model, params, cell, examples, tokenizer.pad, log, "finetune")
     mode = model.backbone.infer_mode
+    test_PL = classify(model, examples["test"].ids, tokenizer.pad, mode)
     metrics = {
         "best_step": fitted.best_step,
         "valid": fitted.best,
-        "test": _scores(classify(model, examples["test"].ids, tokenizer.pad, mode), examples["test"]),
+        "test": _scores(test_PL, examples["test"]),
         "flops_per_token": {
             "pretrain": flops_per_token(model.backbone, model.backbone.train_mode, params.model.context),
             "finetune": flops_per_token(model.backbone, mode, params.model.context, next_token=False),
@@ -76,6 +77,9 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     with output_folder(paths.output("finetune", cell)) as folder:
         checkpoint.save(folder, model, spec)
         write_rows(folder / "history.csv", fitted.history)
+        confusion, classes = _by_class(test_PL, examples["test"], task.labels)
+        write_rows(folder / "confusion.csv", confusion)
+        write_rows(folder / "classes.csv", classes)
     return metrics
 
 
@@ -105,3 +109,15 @@ def _scores(scores_PL: Tensor, examples: Examples) -> dict[str, float]:
         "accuracy": float((predicted == examples.labels).mean()),
         "macro_f1": float(f1_score(examples.labels, predicted, average="macro")),
     }
+
+
+def _by_class(scores_PL: Tensor, examples: Examples, labels: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+    """The confusion matrix, a row per true label and a column per predicted one, and scores of each label."""
+    given = {"y_true": examples.labels, "y_pred": scores_PL.argmax(1).numpy(), "labels": range(len(labels))}
+    # No label is the empty text, so the head of the true labels' column is none of them.
+    confusion = [
+        {"": label} | dict(zip(labels, row, strict=True)) for label, row in zip(labels, confusion_matrix(**given), strict=True)
+    ]
+    scores = zip(*precision_recall_fscore_support(**given, zero_division=0), strict=True)
+    names = ("precision", "recall", "f1", "examples")
+    return confusion, [{"label": label} | dict(zip(names, row, strict=True)) for label, row in zip(labels, scores, strict=True)]

@@ -107,7 +107,8 @@ class Paths:
             return []
         if stage == "report":
             results = [self.out / "results" / grid_stage for grid_stage in GRID_STAGES]
-            return [self.result("prepare"), *results, self.out / "outputs/pretrain", self.out / "outputs/robustness"]
+            outputs = [self.out / "outputs" / grid_stage for grid_stage in ("pretrain", "finetune", "robustness")]
+            return [self.result("prepare"), *results, *outputs]
         if stage == "pretrain":
             return [self.data / name for name in ("train.npy", "valid.npy", "test.npy", "tokenizer.json")]
         return [self.data, *(self.output(upstream, cell) for upstream in UPSTREAM[stage])]

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.archives import MIB, encoded
 from pipeline.data.batches import open_tokens, write_tokens
 from pipeline.data.corpora import SPLITS, Document, Split, load_corpus, stream
-from pipeline.data.references import compressors, tfidf, unigram_entropy
+from pipeline.data.references import compressors, language_references, tfidf
 from pipeline.data.tasks import load_task, write_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
@@ -24,7 +24,7 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
     data = params.data
     corpus = load_corpus(data.corpus, paths.root)
     task = load_task(data.task, corpus, paths.root, params.prepare.passage)
-    tokenizer = Tokenizer.bytes()
+    tokenizer = Tokenizer.make(data.tokenizer, stream(corpus["train"], data.view), data.vocabulary)
     with output_folder(paths.data) as folder:
         with Progress("prepare", total=sum(corpus[split].size for split in SPLITS) / MIB, unit="MiB") as progress:
             written = {
@@ -35,15 +35,16 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
                 raise Failure(
                     f"data.view {data.view} leaves nothing of the {split} split, which has no letters a-z; use data.view: bytes"
                 )
-        if data.view == "text27":
+        if data.view == "text27" and tokenizer.kind == "bytes":
             write_tokens(folder / "raw.npy", map(tokenizer.encode, stream(corpus["test"], "bytes")))
         tokenizer.save(folder / "tokenizer.json")
         write_task(folder / "task.jsonl", task)
         with Progress("references", total=2) as progress:
-            bits = compressors(map(encoded, stream(corpus["test"], data.view)))
-            bits["unigram"] = unigram_entropy(open_tokens(folder / "test.npy"))
+            compressed = compressors(map(encoded, stream(corpus["test"], data.view)))
+            test = open_tokens(folder / "test.npy", tokenizer.size)
+            references = language_references(compressed, test, written["test"]["bytes"], tokenizer.unit)
             progress.advance()
-            references = {"bits_per_character": bits, "tfidf": tfidf(task, params.prepare.vocabulary, data.view)}
+            references["tfidf"] = tfidf(task, params.prepare.vocabulary, data.view)
             progress.advance()
         counts = {
             **{key: {split: written[split][key] for split in SPLITS} for key in ("documents", "characters", "tokens")},
@@ -57,10 +58,8 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         write_json(
             folder / "manifest.json",
             {
-                "corpus": data.corpus,
-                "view": data.view,
-                "task": data.task,
-                "vocabulary": tokenizer.size,
+                **data.model_dump(),
+                "ids": tokenizer.size,
                 **counts,
                 "labels": labels,
                 "references": references,
@@ -83,7 +82,8 @@ def _write_split(path: Path, split: Split, view: str, tokenizer: Tokenizer, prog
     def ids() -> Iterator[np.ndarray]:
         for text in stream(documents(), view):
             counts["characters"] += len(text)
+            counts["bytes"] += len(encoded(text))
             yield tokenizer.encode(text)
 
-    counts["tokens"] = write_tokens(path, ids())
+    counts["tokens"] = write_tokens(path, ids(), tokenizer.dtype)
     return counts

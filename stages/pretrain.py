@@ -26,9 +26,10 @@ def language_model(params: SimpleNamespace, cell: Cell, vocabulary: int) -> Spec
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """Returns metrics: bits per character on valid and test in each mode the method is used in, size, FLOPs, load."""
     context, settings = params.model.context, params.pretrain
-    tokens = {split: open_tokens(paths.data / f"{split}.npy") for split in ("train", "valid", "test")}
+    tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
+    tokens = {split: open_tokens(paths.data / f"{split}.npy", tokenizer.size) for split in ("train", "valid", "test")}
     valid = segments(tokens["valid"], context, limit=max(1, settings.validate_tokens // context))
-    spec = language_model(params, cell, Tokenizer.load(paths.data / "tokenizer.json").size)
+    spec = language_model(params, cell, tokenizer.size)
     seed_everything(cell.seed, "pretrain")
     model = build(spec)
     mode = model.train_mode

@@ -1,6 +1,7 @@
 """Compare the methods of the grid: one table, printed and as Markdown, and plots, with the data of each as CSV."""
 
 import csv
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,8 @@ def _figures(
             for kind in kinds
         }
         figures[f"robustness-{model}"] = plots.severity_curves(curves, ylabel, title)
+    confusion, labels = _confusion(paths, methods, seeds[0])
+    figures["confusion"] = plots.confusion_maps(confusion, labels, f"Classifier on test, seed {seeds[0]}")
     load = _rows(paths, "robustness", "load.csv", methods, seeds[:1])
     for what in ("expert", "code"):
         if shares := _shares(load, what):
@@ -104,16 +107,24 @@ def _rows(paths: Paths, stage: str, file: str, methods: tuple[str, ...], seeds: 
     rows = []
     for method in methods:
         for seed in seeds:
-            path = paths.output(stage, Cell(method, seed)) / file
-            try:
-                with open(path, newline="", encoding="utf-8") as handle:
-                    rows += [
-                        {"method": method, "seed": seed} | {k: _number(v) for k, v in row.items()}
-                        for row in csv.DictReader(handle)
-                    ]
-            except FileNotFoundError:
-                raise Failure(f"{path}: not found; run `dvc repro`") from None
+            heads, *lines = _lines(paths.output(stage, Cell(method, seed)) / file)
+            rows += [{"method": method, "seed": seed} | dict(zip(heads, map(_number, line), strict=True)) for line in lines]
     return rows
+
+
+def _confusion(paths: Paths, methods: tuple[str, ...], seed: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Examples per true (rows) and predicted label for each method, and the labels."""
+    tables = {method: _lines(paths.output("finetune", Cell(method, seed)) / "confusion.csv") for method in methods}
+    counts = {method: np.array([line[1:] for line in lines], dtype=int) for method, (_, *lines) in tables.items()}
+    return counts, tables[methods[0]][0][1:]
+
+
+def _lines(path: Path) -> list[list[str]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as handle:
+            return list(csv.reader(handle))
+    except FileNotFoundError:
+        raise Failure(f"{path}: not found; run `dvc repro`") from None
 
 
 def _number(text: str) -> str | float:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from pipeline.data.batches import encode_examples, open_tokens, segments, spaced
-from pipeline.data.corruption import alphabet
-from pipeline.data.tasks import Task, read_task
+from pipeline.data.corpora import view
+from pipeline.data.corruption import alphabet, corrupt_text, rng_for
+from pipeline.data.tasks import Example, Task, read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.robustness import (
     Noise,
@@ -31,7 +32,9 @@ from stages.finetune import classifier
 from stages.paths import Cell, Paths
 from stages.pretrain import language_model
 
-Row = dict[str, str | float]
+Row = dict[str, str | float | None]
+
+MEASURES = ("score", "degradation", "consistency")
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
@@ -49,21 +52,25 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         for name, stage in (("pretrained", "pretrain"), ("warmed-up", "warmup"))
     }
     tuned = checkpoint.load(paths.output("finetune", cell), classifier(params, cell, tokenizer.size, task))
-    symbols = alphabet(params.data.view)
-    noises = [Noise(kind, rate, cell.seed, symbols) for kind in params.robustness.kinds for rate in params.robustness.rates]
+    symbols, characters = tokenizer.symbols, alphabet(params.data.view)
+    # Where a token is no single character, a language model meets noise on tokens, a classifier on the text they are made of.
+    units = np.arange(tokenizer.pad) if symbols is None else characters
+    rates = params.robustness.rates
+    noises = [Noise(kind, rate, cell.seed, units, symbols) for kind in params.robustness.kinds for rate in rates]
     scores: list[Row] = []
     load: list[Row] = []
     with Progress(f"robustness {cell.name}", total=3 * len(noises), unit="test") as progress:
         for name, model in language_models.items():
             mode = model.train_mode if name == "pretrained" else model.infer_mode
-            rows, shares = _language(model, mode, noises, params, paths, tokenizer.pad, progress)
+            rows, shares = _language(model, mode, noises, params, paths, tokenizer, progress)
             scores += [{"model": name, "mode": mode} | row for row in rows]
             load += [{"model": name, "mode": mode} | row for row in shares]
+        noises = [noise._replace(alphabet=characters) for noise in noises]
         rows = _classifier(tuned, noises, params, task, tokenizer, progress)
         scores += [{"model": "classifier", "mode": tuned.backbone.infer_mode} | row for row in rows]
     for row in scores:
         if row["kind"] in params.robustness.kinds:
-            values = {f"{row['model']}/{row['kind']}/{name}": row[name] for name in ("score", "degradation", "consistency")}
+            values = {f"{row['model']}/{row['kind']}/{name}": row[name] for name in MEASURES if row[name] is not None}
             # The x axis of an MLflow chart is the step: severity in tenths of a percent.
             log(values, step=round(1000 * row["rate"]))
     with output_folder(paths.output("robustness", cell)) as folder:
@@ -73,10 +80,16 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
 
 
 def _language(
-    model: Transformer, mode: Mode, noises: list[Noise], params: SimpleNamespace, paths: Paths, pad: int, progress: Progress
+    model: Transformer,
+    mode: Mode,
+    noises: list[Noise],
+    params: SimpleNamespace,
+    paths: Paths,
+    tokenizer: Tokenizer,
+    progress: Progress,
 ) -> tuple[list[Row], list[Row]]:
-    context, limit = params.model.context, params.robustness.segments
-    clean_segments = segments(open_tokens(paths.data / "test.npy"), context, limit)
+    context, limit, pad = params.model.context, params.robustness.segments, tokenizer.pad
+    clean_segments = segments(open_tokens(paths.data / "test.npy", tokenizer.size), context, limit)
     inputs = clean_segments[:, :-1]
     clean = language_trace(model, texts(inputs, context, pad), clean_segments, mode)
     rows: list[Row] = [_row("clean", 0.0, bits(clean), 0.0, 1.0)]
@@ -116,16 +129,33 @@ def _classifier(
     reference = accuracy(clean, labels_P)
     rows: list[Row] = [_row("clean", 0.0, reference, 0.0, 1.0)]
     for noise in noises:
-        given = texts(encoded.ids, context, tokenizer.pad, noise)
+        if tokenizer.symbols is None:
+            given = texts(_noisy(passages, task, tokenizer, params.data.view, noise, context), context, tokenizer.pad)
+        else:
+            given = texts(encoded.ids, context, tokenizer.pad, noise)
         noisy = classifier_trace(model, given, mode)
         score = accuracy(noisy, labels_P)
-        rows.append(_row(noise.kind, noise.rate, score, reference - score, consistency(clean, noisy, given.source_ST)))
+        # Tokens made of noisy text have no clean ones to be compared with.
+        same = None if tokenizer.symbols is None else consistency(clean, noisy, given.source_ST)
+        rows.append(_row(noise.kind, noise.rate, score, reference - score, same))
         progress.advance()
-    if params.data.view == "text27":
+    if params.data.view == "text27" and tokenizer.kind == "bytes":
         raw = encode_examples(passages, task.labels, tokenizer, "bytes", context)
         score = accuracy(classifier_trace(model, texts(raw.ids, context, tokenizer.pad), mode), labels_P)
         rows.append(_row("shift", 1.0, score, reference - score, None))
     return rows
+
+
+def _noisy(
+    passages: list[Example], task: Task, tokenizer: Tokenizer, view_name: str, noise: Noise, length: int
+) -> list[np.ndarray]:
+    """Ids of passages whose text, in a view, has noise on its characters."""
+    examples = []
+    for index, passage in enumerate(passages):
+        rng = rng_for(noise.seed, noise.kind, noise.rate, index)
+        text = corrupt_text(view(passage.text, view_name) or " ", noise.kind, noise.rate, noise.alphabet, rng)
+        examples.append(Example(text, passage.label))
+    return encode_examples(examples, task.labels, tokenizer, "bytes", length).ids
 
 
 def _row(kind: str, rate: float, score: float, degradation: float, same: float | None) -> Row:
@@ -136,6 +166,6 @@ def _summary(rows: list[Row]) -> dict[str, float]:
     """Clean score, and means over corruptions and severities (the shift stands alone)."""
     noisy = [row for row in rows if row["kind"] not in ("clean", "shift")]
     result = {"clean": rows[0]["score"]}
-    result |= {name: float(np.mean([row[name] for row in noisy])) for name in ("score", "degradation", "consistency")}
+    result |= {name: float(np.mean([row[name] for row in noisy])) for name in MEASURES if noisy[0][name] is not None}
     shift = [row["degradation"] for row in rows if row["kind"] == "shift"]
     return result | ({"shift": shift[0]} if shift else {})

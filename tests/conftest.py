@@ -1,6 +1,7 @@
 """A tiny experiment, whole but quick: for stages and the command line."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,15 @@ def task_file(tmp_path):
 def tiny_overrides(corpus_folder, task_file):
     """Overrides that make the default experiment tiny, on its own corpus and task."""
     return (*TINY, f"data.corpus={corpus_folder}", f"data.task={task_file}")
+
+
+@pytest.fixture
+def shared_data():
+    """Real data that may not be in the repository: in the folder VQMOE_SHARED_DATA, or beside the repository."""
+    folder = Path(os.environ.get("VQMOE_SHARED_DATA", REPOSITORY.parent / "shared/data"))
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there")
+    return folder
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
     assert f"| measure | {method} | to compare with |" in report
     assert "| test bits per character |" in report
     assert "TF-IDF" in result.output
-    for name in ("training", "robustness-warmed-up", "robustness-classifier", "expert-load"):
+    for name in ("training", "robustness-warmed-up", "robustness-classifier", "confusion", "expert-load"):
         assert (workspace / f"report/figures/{name}.png").stat().st_size > 5000
         assert f"](figures/{name}.png)" in report
     assert (workspace / "report/figures/code-load.png").exists() is (method == "vqmoe")
@@ -150,6 +150,21 @@ def test_train_runs_all_stages_in_a_folder_of_its_own_and_the_same_seed_gives_th
     assert finetune.data.tags["vqmoe.upstream.warmup"] in upstream
     assert finetune.inputs.dataset_inputs[0].dataset.source.endswith('outputs/data/task.jsonl"}')
     assert any(tag.startswith("md5.in.") and tag.endswith("task.csv") for tag in found["vqmoe/prepare"][0].data.tags)
+    tables = {artifact.path for artifact in client.list_artifacts(finetune.info.run_id)}
+    assert {"confusion.csv", "classes.csv", "history.csv"} <= tables
+
+
+@pytest.mark.parametrize(("kind", "view"), [("characters", "text27"), ("words", "bytes")])
+def test_other_tokenizers_go_through_all_stages(vqmoe, workspace, kind, view):
+    overrides = (f"data.tokenizer={kind}", f"data.view={view}", "grid.methods=[smoe]", "robustness.kinds=[swap, insert]")
+    for stage in ("prepare", *GRID_STAGES, "report"):
+        result = vqmoe(stage, overrides=overrides)
+        assert result.exit_code == 0, (stage, result.output)
+    robustness = json.loads((workspace / "results/robustness/smoe-s0.json").read_text())["metrics"]
+    assert set(robustness["warmed-up"]) == {"clean", "score", "degradation", "consistency"}
+    assert ("consistency" in robustness["classifier"]) is (kind == "characters")
+    assert ("experts unchanged by noise %" in result.output) is (kind == "characters")
+    assert "raw text" not in result.output
 
 
 def test_other_seeds_give_other_models(vqmoe, workspace):
@@ -221,7 +236,7 @@ def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
 def test_damage_between_stages(vqmoe, workspace, name, content, stage, parts):
     assert vqmoe("prepare").exit_code == 0
     (workspace / name).unlink() if content is None else (workspace / name).write_bytes(content)
-    for folder in ("outputs/pretrain", "outputs/robustness", *(f"results/{stage}" for stage in GRID_STAGES)):
+    for folder in ("outputs/pretrain", "outputs/finetune", "outputs/robustness", *(f"results/{stage}" for stage in GRID_STAGES)):
         (workspace / folder).mkdir(parents=True)
     assert_one_line(vqmoe(stage), 1, *parts)
 

@@ -145,11 +145,11 @@ class Archive:
 
 @contextmanager
 def open(path: Path) -> Iterator[Archive]:
-    """A .zip, a folder, or a tar of any compression that the standard library reads."""
+    """A zip, a folder, or a tar of any compression that the standard library reads."""
     with reading(path):
         if path.is_dir():
             handle, entries = nullcontext(), _folder(path)
-        elif path.suffix.lower() == ".zip":
+        elif zipfile.is_zipfile(path) or path.suffix.lower() == ".zip":
             handle = zipfile.ZipFile(path)
             entries = _zip(path, handle)
         else:

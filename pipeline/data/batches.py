@@ -19,36 +19,43 @@ from pipeline.errors import Failure
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids of each example (uint16) and label indices (int64)."""
+    """Token ids of each example (uint16 or uint32) and label indices (int64)."""
 
     ids: list[np.ndarray]
     labels: np.ndarray
 
 
-def write_tokens(path: Path, chunks: Iterable[np.ndarray]) -> int:
-    """Write token ids that come in chunks (uint16) as one array, into a folder that is not final yet; returns their number."""
-    count, header = 0, {"descr": "<u2", "fortran_order": False}
+def write_tokens(path: Path, chunks: Iterable[np.ndarray], dtype: type[np.unsignedinteger] = np.uint16) -> int:
+    """Write ids that come in chunks as one array of a tokenizer's type, into a folder that is not final yet; their number."""
+    count, header = 0, {"descr": np.dtype(dtype).str, "fortran_order": False}
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})
         for ids in chunks:
-            file.write(ids.astype(np.uint16, copy=False).tobytes())
+            file.write(ids.astype(dtype, copy=False).tobytes())
             count += len(ids)
-        # A header of one dimension has the same length whatever the number: numpy leaves room for arrays to grow.
+        # A header of one dimension is as long for any number: numpy leaves room for arrays that grow.
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
     return count
 
 
-def open_tokens(path: Path) -> np.ndarray:
-    """A token file, mapped into memory: only what is read is loaded."""
+def open_tokens(path: Path, vocabulary: int | None = None) -> np.ndarray:
+    """A token file, mapped into memory: only what is read is loaded.
+
+    With the size of the vocabulary, every id is checked against it: one pass over the file, no memory.
+    """
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise Failure(f"{path}: not found; run `vqmoe prepare`") from None
     except (OSError, ValueError, EOFError) as error:
         raise Failure(f"{path}: truncated or no token file ({error}); run `vqmoe prepare` again") from None
-    if tokens.ndim != 1 or tokens.dtype != np.uint16:
-        raise Failure(f"{path}: holds {tokens.dtype} of shape {tokens.shape}, expected uint16 tokens; run `vqmoe prepare` again")
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        raise Failure(
+            f"{path}: holds {tokens.dtype} of shape {tokens.shape}, expected tokens (uint16 or uint32); run `vqmoe prepare` again"
+        )
+    if vocabulary is not None and (largest := tokens.max(initial=0)) >= vocabulary:
+        raise Failure(f"{path}: holds the id {largest}, the tokenizer has {vocabulary}; run `vqmoe prepare` again")
     return tokens
 
 
@@ -79,9 +86,9 @@ def spaced(examples: Sequence[Example], limit: int) -> list[Example]:
 def encode_examples(
     examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, view_name: str, length: int | None = None
 ) -> Examples:
-    """Each text in a view, whole or its first `length` tokens; a text the view leaves empty becomes a single space."""
+    """Each text in a view, whole or its first `length` tokens; a text the view leaves empty keeps one (a space, or <eos>)."""
     index = {label: i for i, label in enumerate(labels)}
-    ids = [tokenizer.encode(view(example.text, view_name) or " ")[:length] for example in examples]
+    ids = [tokenizer.encode_some(view(example.text, view_name))[:length] for example in examples]
     return Examples(ids, np.array([index[example.label] for example in examples], dtype=np.int64))
 
 

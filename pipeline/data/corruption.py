@@ -1,4 +1,4 @@
-"""Character noise on arrays of symbols (bytes or code points), each symbol traceable to its clean position.
+"""Noise on arrays of symbols (bytes, code points, or ids of words), each symbol traceable to its clean position.
 
 Shapes: T clean symbols, T' noisy ones. `source` (T',) is the clean position of each noisy symbol, -1 for an inserted one.
 """
@@ -71,6 +71,12 @@ def corrupt(symbols: np.ndarray, kind: str, rate: float, alphabet: np.ndarray, r
     if not 0 <= rate <= 1:
         raise UsageError(f"rate {rate} of corruption {kind}: expected 0 to 1")
     return KINDS[kind](np.asarray(symbols), rate, alphabet, rng)
+
+
+def corrupt_text(text: str, kind: str, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> str:
+    """A text with noise on its code points."""
+    points, _ = corrupt(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), kind, rate, alphabet, rng)
+    return points.tobytes().decode("utf-32-le")
 
 
 def rng_for(seed: int, kind: str, rate: float, index: int) -> np.random.Generator:

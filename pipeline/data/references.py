@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.data.corpora import view
 from pipeline.data.tasks import Task
+from pipeline.data.tokenizers import Unit
 from pipeline.errors import Failure
 
 
@@ -32,6 +33,18 @@ def unigram_entropy(tokens: np.ndarray) -> float:
     share = np.bincount(tokens) / len(tokens)
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
+
+
+def language_references(compressed: dict[str, float], tokens: np.ndarray, size: int, unit: Unit) -> dict[str, dict[str, float]]:
+    """Bits per byte of a text of `size` bytes that compressors reach, and that the frequencies of its tokens do.
+
+    Where models are scored by perplexity, also as such: 2 to the bits of a token's mean number of bytes.
+    """
+    token_bytes = size / len(tokens)
+    bits = compressed | {"unigram": unigram_entropy(tokens) / token_bytes}
+    if unit == "bpc":
+        return {"bits_per_character": bits}
+    return {"bits_per_character": bits, "perplexity": {name: 2 ** (value * token_bytes) for name, value in bits.items()}}
 
 
 def tfidf(task: Task, vocabulary: int, view_name: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Labelled tasks: the era task made from the embedded corpus, or a file of text, label and split."""
+"""Labelled tasks: the era task made from the embedded corpus, tasks as published, or a file of text, label and split."""
 
 import csv
 import io
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records, source
+from pipeline.data import published
+from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records
 from pipeline.errors import Failure, UsageError
 
 # A passage may be longer than the 131,072 characters that csv allows a field by default.
@@ -35,21 +36,26 @@ class Task:
 
 
 def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
-    """`era`, made from a corpus with years, or a path (relative to `root`) to .jsonl(.xz) or .csv.
+    """`era`, made from a corpus with years, a published task by name, or a path (relative to `root`).
 
-    Raises UsageError for a name that is neither, Failure for data that cannot be used.
+    A path is .jsonl(.xz) or .csv(.xz), or a task as published: folder, zip or tar.
+    Raises UsageError for a name that is none of these, Failure for data that cannot be used.
     """
     if name == "era":
         if any(document.year is None for split in SPLITS for document in corpus[split]):
             raise UsageError("data.task is 'era': the corpus has documents without a year; name a labelled file instead")
         examples = {split: [Example(text, label) for text, label in _eras(corpus, split, passage)] for split in SPLITS}
         return _checked("task era", examples, {})
-    path = source(name, root)
+    path = published.fetch(name, root) if name in published.TASKS else root / name
+    if not exists(path):
+        raise UsageError(f"data.task is '{name}': neither era, {', '.join(published.TASKS)} nor an existing path")
     kind = file_kind(path)
-    if not exists(path) or kind not in (".jsonl", ".csv"):
-        raise UsageError(f"data.task is '{name}': neither era nor an existing path (.jsonl or .csv with {', '.join(FIELDS)})")
     examples = {split: [] for split in SPLITS}
     lines: dict[tuple[str, str], int] = {}
+    if path.is_dir() or kind not in (".jsonl", ".csv"):
+        for split, text, label in published.read(path, published.TASKS[name].labels if name in published.TASKS else None):
+            examples[split].append(Example(text, label))
+        return _checked(str(path), examples, lines)
     for number, record in _csv(path) if kind == ".csv" else records(path, FIELDS):
         if not record["text"].strip():
             raise Failure(f"{path}, line {number}: the text is empty; remove the line or fill it")
@@ -59,6 +65,11 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
         examples[record["split"]].append(Example(record["text"], label))
         lines.setdefault((record["split"], label), number)
     return _checked(str(path), examples, lines)
+
+
+def task_source(name: str, root: Path) -> Path:
+    """The file or folder that a task is read from; era has none of its own."""
+    return published.source(name, root) if name in published.TASKS else root / name
 
 
 def write_task(path: Path, task: Task) -> None:

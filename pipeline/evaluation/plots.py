@@ -9,6 +9,7 @@ import numpy as np
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, and a marker each, so that the lines differ in print too.
@@ -74,22 +75,47 @@ def share_maps(shares: Mapping[str, np.ndarray], what: str) -> Figure:
     for axes, (name, array) in zip(grid.flat, shares.items(), strict=True):
         image = axes.imshow(100 * array, cmap="cividis", vmin=0, vmax=largest, aspect="auto")
         if array.shape[1] <= 16:
-            for layer, row in enumerate(100 * array):
-                for index, value in enumerate(row):
-                    axes.text(
-                        index,
-                        layer,
-                        f"{value:.0f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="black" if value > 0.6 * largest else "white",
-                    )
+            _numbers(axes, 100 * array, 0.6 * largest)
         axes.set(title=name, ylabel="layer", yticks=range(array.shape[0]))
         axes.set_xticks(range(0, array.shape[1], max(1, array.shape[1] // 16)))
     grid[-1, 0].set_xlabel(what)
     figure.tight_layout()
     figure.colorbar(image, ax=list(grid.flat), label="share of tokens, %")
+    return figure
+
+
+def confusion_maps(matrices: Mapping[str, np.ndarray], labels: Sequence[str], title: str) -> Figure:
+    """A panel per method: share (percent) of the examples of each true label (rows) that got each label (columns)."""
+    count = len(labels)
+    # Few classes get cells for numbers, many get cells as high as a line of small print.
+    cell, size = (0.55, 9) if count <= 12 else (0.17, 7)
+    margin = 0.075 * max(map(len, labels)) * size / 9
+    side = max(2.2, cell * count)
+    columns = max(1, min(len(matrices), int((30 - margin) // side)))
+    rows = -(-len(matrices) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * side + margin + 1.6, rows * (side + margin + 0.3) + 0.7),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (name, matrix) in zip(grid.flat, matrices.items(), strict=False):
+        share = 100 * matrix / matrix.sum(1, keepdims=True).clip(min=1)
+        # Brightness goes with the root of the share: a few percent of a class that go astray show.
+        image = axes.imshow(share, cmap="cividis", norm=PowerNorm(0.5, vmin=0, vmax=100))
+        if count <= 12:
+            _numbers(axes, share, 36)
+        axes.set_title(name)
+        axes.set_xticks(range(count), labels, rotation=90, fontsize=size)
+        axes.set_yticks(range(count), labels, fontsize=size)
+    for axes in list(grid.flat)[len(matrices) :]:
+        axes.set_visible(False)
+    figure.supxlabel("predicted")
+    figure.supylabel("true")
+    figure.suptitle(title)
+    figure.colorbar(image, ax=list(grid.flat), aspect=40, label="share of the true label's passages, %")
     return figure
 
 
@@ -104,6 +130,13 @@ def _band(axes: plt.Axes, x: Sequence[float], curves: np.ndarray, label: str, st
     axes.plot(x, curves.mean(0), label=label, markersize=4, linewidth=1.6, **style)
     if len(curves) > 1:
         axes.fill_between(x, curves.min(0), curves.max(0), color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _numbers(axes: plt.Axes, values: np.ndarray, bright: float) -> None:
+    """Each cell's value in it, dark on cells that are bright."""
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > bright else "white"
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
 
 
 def _finish(figure: Figure) -> Figure:

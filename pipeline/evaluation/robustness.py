@@ -23,12 +23,16 @@ BATCH = 32
 
 
 class Noise(NamedTuple):
-    """One corruption at one severity; `seed` and the sequence's index decide the draws, never the model."""
+    """One corruption at one severity; `seed` and the sequence's index decide the draws, never the model.
+
+    Noise works on `symbols[id]` where a tokenizer has symbols (rising with the id), else on the ids themselves.
+    """
 
     kind: str
     rate: float
     seed: int
     alphabet: np.ndarray
+    symbols: np.ndarray | None = None
 
 
 class Texts(NamedTuple):
@@ -55,7 +59,9 @@ def texts(ids: Sequence[np.ndarray], length: int, pad: int, noise: Noise | None 
         symbols, origin = np.asarray(clean[:length]), np.arange(min(len(clean), length))
         if noise is not None:
             rng = rng_for(noise.seed, noise.kind, noise.rate, row)
-            symbols, origin = corrupt(symbols, noise.kind, noise.rate, noise.alphabet, rng)
+            given = symbols if noise.symbols is None else noise.symbols[symbols]
+            symbols, origin = corrupt(given, noise.kind, noise.rate, noise.alphabet, rng)
+            symbols = symbols if noise.symbols is None else np.searchsorted(noise.symbols, symbols)
         lengths[row] = min(len(symbols), length)
         tokens[row, : lengths[row]], source[row, : lengths[row]] = symbols[:length], origin[:length]
     return Texts(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(source))

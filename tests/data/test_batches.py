@@ -18,13 +18,24 @@ from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
 
 
-def test_tokens_are_mapped_not_loaded_and_written_as_they_come(tmp_path):
+def test_tokens_are_written_as_they_come_and_mapped_not_loaded(tmp_path):
     assert write_tokens(tmp_path / "t.npy", (np.arange(first, first + 100) for first in range(0, 1000, 100))) == 1000
     np.save(tmp_path / "whole.npy", np.arange(1000, dtype=np.uint16))
     assert (tmp_path / "t.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     tokens = open_tokens(tmp_path / "t.npy")
     assert isinstance(tokens, np.memmap)
     assert tokens[999] == 999
+    assert tokens.dtype == np.uint16
+
+
+def test_ids_of_a_large_vocabulary_have_room(tmp_path):
+    for largest, dtype in ((65535, np.uint16), (65536, np.uint32)):
+        write_tokens(tmp_path / "t.npy", [np.array([0, largest])], dtype)
+        tokens = open_tokens(tmp_path / "t.npy", vocabulary=largest + 1)
+        assert tokens.dtype == dtype
+        assert tokens.tolist() == [0, largest]
+        with pytest.raises(Failure, match=rf"t\.npy: holds the id {largest}, the tokenizer has {largest}; run `vqmoe prepare`"):
+            open_tokens(tmp_path / "t.npy", vocabulary=largest)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +45,7 @@ def test_tokens_are_mapped_not_loaded_and_written_as_they_come(tmp_path):
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"something else"),
         lambda path: np.save(path, np.zeros((2, 2))),
+        lambda path: np.save(path, np.zeros(5, dtype=np.int64)),
         lambda path: path.unlink(),
     ],
 )
@@ -75,6 +87,9 @@ def test_examples_are_cut_viewed_and_shuffled_in_epochs():
     examples = encode_examples([Example("ABC 1", "x"), Example("!!!", "y")], ["x", "y"], Tokenizer.bytes(), "text27", 5)
     assert [bytes(ids.tolist()).decode() for ids in examples.ids] == ["abc o", " "]
     assert examples.labels.tolist() == [0, 1]
+    words = Tokenizer.from_vocabulary(["abc"])
+    examples = encode_examples([Example("abc new", "x"), Example(" ", "y")], ["x", "y"], words, "bytes", 5)
+    assert [ids.tolist() for ids in examples.ids] == [[2, 1], [0]]
     many = Examples([np.array([i]) for i in range(10)], np.arange(10))
     epochs = [[int(i) for step in range(first, first + 5) for i in example_batch(many, 2, 8, 0, step)[1]] for first in (1, 6)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline import config
-from pipeline.data.corruption import KINDS, alphabet, corrupt, rng_for
+from pipeline.data.corruption import KINDS, alphabet, corrupt, corrupt_text, rng_for
 from pipeline.errors import UsageError
 
 TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog " * 200, dtype=np.uint8).astype(np.uint16)
@@ -79,6 +79,16 @@ def test_keyboard_neighbours_are_near_and_keep_their_case():
     assert (symbols[2::5] == 32).all()
     assert (symbols[3::5] == ord("5")).all()
     assert (symbols[4::5] == 233).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_gets_the_noise_of_its_code_points(kind):
+    text = "na\u00efve \u6f22\u5b57 \U0001f600 and the rest of it " * 20
+    points, _ = noisy(kind, 0.1, text=np.array([ord(character) for character in text]))
+    found = corrupt_text(text, kind, 0.1, LETTERS, rng_for(0, kind, 0.1, 0))
+    assert found == "".join(map(chr, points))
+    assert found != text
+    assert corrupt_text(text, kind, 0.0, LETTERS, rng_for(0, kind, 0.0, 0)) == text
 
 
 def test_a_text_never_becomes_empty():

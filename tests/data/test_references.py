@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.data.references import compressors, tfidf, unigram_entropy
+from pipeline.data.references import compressors, language_references, tfidf, unigram_entropy
 from pipeline.data.tasks import Example, Task
 from pipeline.errors import Failure
 
@@ -20,6 +20,17 @@ def test_entropy_and_compressors():
     whole = [gzip.compress(data, 9), bz2.compress(data, 9), lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)]
     assert list(scores.values()) == [8 * len(packed) / len(data) for packed in whole]
     assert compressors([b"a" * 100_000])["xz"] < 0.1
+
+
+def test_references_of_words_are_perplexities_too():
+    data, tokens = b"tea cup tea milk", np.array([2, 3, 2, 4])
+    bits = language_references(compressors([data]), tokens, len(data), "bpc")
+    assert bits == {"bits_per_character": compressors([data]) | {"unigram": pytest.approx(1.5 / 4)}}
+    both = language_references(compressors([data]), tokens, len(data), "perplexity")
+    assert both["bits_per_character"] == bits["bits_per_character"]
+    assert both["perplexity"]["unigram"] == pytest.approx(2**1.5)
+    # The whole text's bits, spread over four words.
+    assert both["perplexity"]["gzip"] == pytest.approx(2 ** (compressors([data])["gzip"] * len(data) / 4))
 
 
 def test_a_view_that_leaves_no_word_is_named():

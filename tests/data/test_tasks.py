@@ -1,3 +1,5 @@
+import lzma
+
 import pytest
 
 from pipeline.data.corpora import SPLITS, Document, load_corpus
@@ -36,11 +38,13 @@ def test_round_trip(tmp_path, task_file):
     assert read_task(tmp_path / "task.jsonl") == task
 
 
-def test_json_lines_with_integer_labels(tmp_path):
-    (tmp_path / "t.jsonl").write_text(
-        "".join(f'{{"text": "a, \\"b\\"", "label": {label}, "split": "{split}"}}\n' for split in SPLITS for label in (0, 1))
-    )
-    assert load_task("t.jsonl", {}, tmp_path, 0).labels == ("0", "1")
+def test_json_lines_with_integer_labels_plain_or_compressed(tmp_path):
+    text = "".join(f'{{"text": "a, \\"b\\"", "label": {label}, "split": "{split}"}}\n' for split in SPLITS for label in (0, 1))
+    (tmp_path / "t.jsonl").write_text(text)
+    (tmp_path / "t.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    task = load_task("t.jsonl", {}, tmp_path, 0)
+    assert task.labels == ("0", "1")
+    assert load_task("t.jsonl.xz", {}, tmp_path, 0) == task
 
 
 HEAD = "text,label,split\na,x,train\nb,y,train\nc,x,valid\n"
@@ -71,7 +75,7 @@ def test_bad_tasks_are_one_line(tmp_path, content, words):
 
 
 def test_names_and_corpora_that_do_not_fit(tmp_path):
-    with pytest.raises(UsageError, match=r"data\.task is 'eras': neither era nor an existing path"):
+    with pytest.raises(UsageError, match=r"data\.task is 'eras': neither era, sst2, sst5, imdb, banking77 nor an existing path"):
         load_task("eras", {}, tmp_path, 0)
     with pytest.raises(UsageError, match="documents without a year"):
         load_task("era", {split: [Document("d", "text")] for split in SPLITS}, tmp_path, 100)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline.data.corruption import KINDS, alphabet
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
 from pipeline.evaluation.robustness import (
     Noise,
@@ -60,6 +61,29 @@ def test_texts_repeat_and_differ_by_example():
     one, other = (texts(SEGMENTS[:, :-1], LENGTH, 256, noise("replace")) for _ in range(2))
     assert torch.equal(one.tokens_ST, other.tokens_ST)
     assert not torch.equal(one.tokens_ST[0], one.tokens_ST[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_characters_get_the_noise_that_bytes_get(kind):
+    tokenizer = Tokenizer.characters()
+    ids = [tokenizer.encode(bytes(row.tolist()).decode()) for row in SEGMENTS]
+    of_bytes = texts(SEGMENTS, LENGTH, 256, noise(kind))
+    of_characters = texts(ids, LENGTH, tokenizer.pad, noise(kind)._replace(symbols=tokenizer.symbols))
+    back = np.append(tokenizer.symbols, 256)[of_characters.tokens_ST.numpy()]
+    assert (back == of_bytes.tokens_ST.numpy()).all()
+    assert torch.equal(of_characters.source_ST, of_bytes.source_ST)
+
+
+@pytest.mark.parametrize("kind", ["swap", "delete", "insert", "replace"])
+def test_words_get_noise_as_tokens_of_their_vocabulary(kind):
+    ids = np.random.default_rng(0).integers(0, 70_000, (3, 200)).astype(np.uint32)
+    given = texts(ids, 200, 70_000, Noise(kind, 0.3, 0, np.arange(70_000)))
+    for row, length in enumerate(given.lengths_S.tolist()):
+        tokens, source = given.tokens_ST[row, :length].numpy(), given.source_ST[row, :length].numpy()
+        assert ((0 <= tokens) & (tokens < 70_000)).all()
+        same = tokens[source >= 0] == ids[row, source[source >= 0]]
+        assert same.all() if kind != "replace" else 0.5 < same.mean() < 0.9
+        assert not np.array_equal(tokens, ids[row])
 
 
 def test_insertions_are_cut_and_deletions_padded():
