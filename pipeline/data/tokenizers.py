@@ -4,6 +4,7 @@ Both views use bytes, so that every symbol exists when a model of the 27-symbol 
 """
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
@@ -14,6 +15,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from pipeline.errors import Failure
 
 PAD = "<pad>"
+
+# What a language model's score is in: bits per character where tokens are characters or bytes, else perplexity.
+Unit = Literal["bpc", "perplexity"]
 
 
 class Tokenizer:
@@ -54,6 +58,10 @@ class Tokenizer:
     @property
     def pad(self) -> int:
         return self._model.token_to_id(PAD)
+
+    @property
+    def unit(self) -> Unit:
+        return "bpc"
 
     def encode(self, text: str) -> np.ndarray:
         """Ids as uint16. The ids are the UTF-8 bytes, so numpy does what the saved tokenizer does, at memory speed."""
