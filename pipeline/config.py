@@ -34,6 +34,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
+# torch's grouped matrix product asks for rows of whole 16 bytes, which are 8 numbers of the smaller types.
+GROUPED = 8
+
 Corruption = Literal["swap", "delete", "insert", "replace", "keyboard"]
 
 
@@ -104,10 +107,11 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "Model":
+        for name in ("width", "expert_width"):
+            if getattr(self, name) % GROUPED:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be a multiple of {GROUPED}, for grouped products")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"head_width is {self.head_width}: must be even for rotary positions")
-        if self.positions == "relative" and self.width % 2:
-            raise ValueError(f"width is {self.width}: must be even for relative positions")
         if self.positions != "relative":
             for key in ("memory", "evaluate_memory"):
                 if getattr(self, key):
@@ -202,12 +206,8 @@ class Params(Section):
         for name, raw in value.items():
             try:
                 typed[name] = known[name].model_validate(raw)
-                if "model" in info.data:
-                    typed[name].check(info.data["model"].experts)
             except ValidationError as error:
                 raise _Nested(name, error) from None
-            except ValueError as error:
-                raise ValueError(f"in methods.{name}: {error}") from None
         return typed
 
     @model_validator(mode="after")
@@ -219,12 +219,16 @@ class Params(Section):
         return self
 
     def method(self, name: str) -> Any:
-        """The settings of one method; a name without a section is an error that lists those that have one."""
+        """The settings of one method; a name without a section, or a section that does not fit the model, is an error."""
         if name not in self.methods:
             raise UsageError(
                 f"method '{name}' has no section under methods; there are: "
                 f"{', '.join(self.methods)}{_nearest(name, self.methods)}"
             )
+        try:
+            self.methods[name].check(self.model.experts)
+        except ValueError as error:
+            raise UsageError(f"in methods.{name}: {error}") from None
         return self.methods[name]
 
     def select(self, sections: Iterable[str], method: str | None = None) -> SimpleNamespace:

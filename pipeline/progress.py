@@ -17,9 +17,9 @@ class Progress:
     Values given to `advance` are shown beside the rate (units per second) and the time left.
     """
 
-    def __init__(self, label: str, total: int, unit: str = "step") -> None:
+    def __init__(self, label: str, total: float, unit: str = "step") -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done = 0.0
         self.values: dict[str, float] = {}
         self._console = Console(stderr=True)
         self._bar: Bar | None = None
@@ -39,7 +39,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def advance(self, units: int = 1, **values: float) -> None:
+    def advance(self, units: float = 1, **values: float) -> None:
         """Count `units` more as done and remember the latest `values`."""
         self.done += units
         self.values |= values
@@ -62,5 +62,5 @@ class Progress:
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        left = (self.total - self.done) / max(self._rate(), 1e-9)
-        print(f"{self.label}: {self.done}/{self.total} {self._text()}  {left:.0f} s left", file=sys.stderr, flush=True)
+        left = max(self.total - self.done, 0) / max(self._rate(), 1e-9)
+        print(f"{self.label}: {self.done:.0f}/{self.total:.0f} {self._text()}  {left:.0f} s left", file=sys.stderr, flush=True)

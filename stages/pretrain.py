@@ -36,9 +36,11 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     valid, test = held_out(model, tokens["valid"], settings.validate_tokens), held_out(model, tokens["test"])
     fitted = fit(
         model,
-        adam(model.parameters(), settings),
+        adam(model.parameters(), settings.learning_rate, settings.beta2),
         settings,
-        objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit),
+        objective=language_objective(
+            model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit, steps=settings.steps
+        ),
         validate=lambda: {unit: score_tokens(model, valid, mode, unit)},
         score=unit,
         log=log,

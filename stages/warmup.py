@@ -47,7 +47,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         parameter.requires_grad_(True)
     fitted = fit(
         model,
-        adam(learned, settings),
+        adam(learned, settings.learning_rate, settings.beta2),
         settings,
         objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit),
         validate=lambda: {unit: score_tokens(model, valid, mode, unit)},

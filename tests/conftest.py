@@ -1,13 +1,17 @@
 """A tiny experiment, whole but quick: for stages and the command line."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline import config
+from pipeline.data import archives
+from pipeline.data.corpora import PUBLISHED
 from pipeline.models.build import Spec
 from pipeline.moe.layer import SETTINGS
+from tests.data.server import Server
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -49,6 +53,28 @@ def _clean_environment(monkeypatch):
     """No server, root folder or run of the caller's environment reaches a test."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of archives on this machine; who waits for it does not wait."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(archives, "FIRST_WAIT", 0.0)
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def publish(server, monkeypatch):
+    """A function that puts an archive of one's own in the place of a published corpus."""
+
+    def replace(name, archive):
+        file = archives.file_name(PUBLISHED[name].url)
+        server.files[file] = archive
+        entry = PUBLISHED[name]._replace(url=server.url(file), sha256=hashlib.sha256(archive).hexdigest())
+        monkeypatch.setitem(PUBLISHED, name, entry)
+
+    return replace
 
 
 @pytest.fixture

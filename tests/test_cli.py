@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import cli
+from pipeline.moe.layer import SETTINGS
 from stages.paths import GRID_STAGES
 from tests.conftest import REPOSITORY
 
@@ -88,6 +91,29 @@ def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
         assert f"](figures/{name}.png)" in report
     assert (workspace / "report/figures/code-load.png").exists() is (method == "vqmoe")
     assert no_leftovers(workspace)
+
+
+def test_the_other_methods_pass_through_all_stages_into_one_report(vqmoe, workspace):
+    others = [method for method in SETTINGS if method not in ("vqmoe", "smoe")]
+    quick = ("model.layers=1", "robustness.kinds=[swap]", "robustness.rates=[0.1]", "finetune.scratch=false")
+    overrides = (f"grid.methods=[{', '.join(others)}]", *quick)
+    assert vqmoe("prepare", overrides=overrides).exit_code == 0
+    inference = {"vqmoe_released": "bpc_discrete", "smoe_dropout": "bpc_router", "hyperrouter": "bpc_router"}
+    for method in others:
+        for stage in GRID_STAGES:
+            result = vqmoe(stage, "--method", method, overrides=overrides)
+            assert result.exit_code == 0, (method, stage, result.output)
+        pretrain = json.loads((workspace / f"results/pretrain/{method}-s0.json").read_text())["metrics"]
+        assert set(pretrain["test"]) == {"bpc", inference.get(method, "bpc")}
+    trained, tuned = (
+        load_file(workspace / f"outputs/{stage}/stablemoe-s0/model.safetensors") for stage in ("pretrain", "finetune")
+    )
+    assert trained["blocks.0.moe.router.frozen"]
+    for name in ("frozen", "light.0.weight", "light.1.weight"):
+        assert torch.equal(tuned[f"backbone.blocks.0.moe.router.{name}"], trained[f"blocks.0.moe.router.{name}"])
+    result = vqmoe("report", overrides=overrides)
+    assert result.exit_code == 0, result.output
+    assert f"| measure | {' | '.join(others)} | to compare with |" in (workspace / "report/report.md").read_text()
 
 
 def test_train_runs_all_stages_in_a_folder_of_its_own_and_the_same_seed_gives_the_same_files(vqmoe, workspace):

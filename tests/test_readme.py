@@ -7,6 +7,7 @@ import types
 import torch
 
 from pipeline.moe import layer
+from pipeline.moe.routers.base import Sizes
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -49,7 +50,7 @@ def test_the_router_of_the_example_works(monkeypatch):
     torch.manual_seed(0)
     settings = module.Switch.Settings(balance=0.01)
     settings.check(4)
-    made = layer.build_layer("switch", settings, width=8, experts=4, hidden=12, dropout=0.0)
+    made = layer.build_layer("switch", settings, Sizes(width=8, experts=4, hidden=12, vocabulary=7, dropout=0.0))
     output = made(torch.randn(20, 8), "router")
     assert output.y_ND.shape == (20, 8)
     output.y_ND.square().sum().backward()

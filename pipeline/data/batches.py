@@ -3,7 +3,7 @@
 Shapes: S segments, B batch, R rows, T positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,18 @@ class Examples:
     labels: np.ndarray
 
 
-def write_tokens(path: Path, ids: np.ndarray) -> None:
-    np.save(path, ids.astype(np.uint16))
+def write_tokens(path: Path, chunks: Iterable[np.ndarray]) -> int:
+    """Write token ids that come in chunks (uint16) as one array, into a folder that is not final yet; returns their number."""
+    count, header = 0, {"descr": "<u2", "fortran_order": False}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})
+        for ids in chunks:
+            file.write(ids.astype(np.uint16, copy=False).tobytes())
+            count += len(ids)
+        # A header of one dimension has the same length whatever the number: numpy leaves room for arrays to grow.
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
+    return count
 
 
 def open_tokens(path: Path) -> np.ndarray:

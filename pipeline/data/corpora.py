@@ -1,19 +1,65 @@
-"""Corpora as lists of documents per split, and the two views of a text."""
+"""Corpora as splits of documents, read as they are needed, and the two views of a text."""
 
+import hashlib
 import json
 import lzma
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pipeline.data import archives
 from pipeline.errors import Failure, UsageError
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = {"sotu": "data/sotu.jsonl.xz"}
-# A single text file is split in its own order, as enwik8 and text8 are: 90 %, 5 %, 5 % of its characters.
-TEXT_SPLIT = (0.90, 0.95)
+# A single text is split in its own order, as enwik8 and text8 are: 90 %, 5 %, 5 % of it. So are the files of a folder, each
+# as a whole, in an order that only their names decide.
+CUTS = (0.90, 0.95)
+
+
+class Published(NamedTuple):
+    """A corpus in the archive that its authors publish: the members of each split, or the one member that is cut."""
+
+    url: str
+    sha256: str | None
+    members: dict[str, list[str]] | str
+
+
+_BILLION = "1-billion-word-language-modeling-benchmark-r13output"
+_HELD_OUT = f"{_BILLION}/heldout-monolingual.tokenized.shuffled/news.en.heldout-{{:05d}}-of-00050"
+
+PUBLISHED = {
+    # sha256: datasets/enwik8/dataset_infos.json of github.com/huggingface/datasets.
+    "enwik8": Published(
+        "http://mattmahoney.net/dc/enwik8.zip", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc", "enwik8"
+    ),
+    # sha256: src/local_ai_training/data.py of github.com/LoomNode/local-ai-training; others have the same.
+    "text8": Published(
+        "http://mattmahoney.net/dc/text8.zip", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232", "text8"
+    ),
+    # sha256: datasets/wikitext/dataset_infos.json of github.com/huggingface/datasets, for the file at its first address,
+    # s3.amazonaws.com/research.metamind.io, which is gone; this is the one of its first author.
+    "wikitext-103": Published(
+        "https://wikitext.smerity.com/wikitext-103-v1.zip",
+        "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+        {split: [f"wikitext-103/wiki.{split}.tokens"] for split in SPLITS},
+    ),
+    # sha256: tensorflow_datasets/url_checksums/lm1b.txt of github.com/tensorflow/datasets. Shard 0 of 100 is the held-out one,
+    # in 50 shards of its own. VQMoE's released code takes the first of these for validation and for test alike.
+    "lm1b": Published(
+        f"http://www.statmt.org/lm-benchmark/{_BILLION}.tar.gz",
+        "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e",
+        {
+            "train": [f"{_BILLION}/training-monolingual.tokenized.shuffled/news.en-{i:05d}-of-00100" for i in range(1, 100)],
+            "valid": [_HELD_OUT.format(0)],
+            "test": [_HELD_OUT.format(1)],
+        },
+    ),
+}
 
 _DIGITS = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
 _SPELLED = str.maketrans({digit: f" {word} " for digit, word in _DIGITS.items()})
@@ -22,31 +68,54 @@ _OTHER = re.compile("[^a-z]+")
 
 @dataclass(frozen=True)
 class Document:
+    """A text, or of a long one a stretch: number `part` of those that make up the text one after the other."""
+
     name: str
     text: str
     year: int | None = None
+    part: int = 0
 
 
-Corpus = dict[str, list[Document]]
+@dataclass(frozen=True)
+class Split:
+    """The documents of a split, read from their source each time they are gone through.
+
+    `size` is about how many bytes of text they have.
+    """
+
+    size: int
+    read: Callable[[], Iterator[Document]]
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+
+Corpus = dict[str, Split]
 
 
 def load_corpus(name: str, root: Path) -> Corpus:
-    """Documents by split of an embedded corpus or of a path (relative to `root`): folder, .txt(.xz) or .jsonl(.xz).
+    """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): folder, .txt(.xz), .jsonl(.xz).
 
-    Raises UsageError for a name that is neither, Failure with file, line and remedy for data that cannot be used.
+    Raises UsageError for a name that is neither, Failure with file, line and remedy for data that cannot be used; what is
+    wrong inside a long text may only be found while it is read.
     """
     path = source(name, root)
+    if name in PUBLISHED:
+        url, sha256, members = PUBLISHED[name]
+        path = archives.fetch(url, sha256, path.parent)
+        return _cut_member(path, members) if isinstance(members, str) else _members(path, members)
     if not exists(path):
         if name in EMBEDDED:
             raise Failure(f"{path}: not found; restore it with `git checkout {EMBEDDED[name]}`")
-        raise UsageError(f"data.corpus is '{name}': neither an embedded corpus ({', '.join(EMBEDDED)}) nor an existing path")
+        names = ", ".join((*EMBEDDED, *PUBLISHED))
+        raise UsageError(f"data.corpus is '{name}': neither a corpus by name ({names}) nor an existing path")
     kind = file_kind(path)
     if path.is_dir():
-        corpus = {split: [Document(split, read_text(path / f"{split}.txt"))] for split in SPLITS}
+        corpus = _folder(path)
     elif kind == ".txt":
-        corpus = _cut(path)
+        corpus = _cut_file(path)
     elif kind == ".jsonl":
-        corpus = _documents(path)
+        corpus = _json_lines(path)
     else:
         raise UsageError(f"data.corpus is '{name}': expected a folder, or a file .txt or .jsonl (or these with .xz)")
     for split in SPLITS:
@@ -56,7 +125,9 @@ def load_corpus(name: str, root: Path) -> Corpus:
 
 
 def source(name: str, root: Path) -> Path:
-    """The file or folder that a corpus or task is read from: an embedded one by its name, else a path relative to `root`."""
+    """The file or folder that a corpus or task is read from: that of its name, else a path relative to `root`."""
+    if name in PUBLISHED:
+        return archives.folder(root) / archives.file_name(PUBLISHED[name].url)
     return root / EMBEDDED.get(name, name)
 
 
@@ -72,49 +143,34 @@ def file_kind(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() == ".xz" else path).suffix.lower()
 
 
-def streams(corpus: Corpus, view_name: str) -> dict[str, str]:
-    """Each split of a corpus as one stream in a view; Failure where the view leaves nothing of a split."""
-    texts = {split: join([document.text for document in corpus[split]], view_name) for split in SPLITS}
-    for split in SPLITS:
-        if not texts[split].strip():
-            raise Failure(
-                f"data.view {view_name} leaves nothing of the {split} split, which has no letters a-z; use data.view: bytes"
-            )
-    return texts
+def stream(documents: Iterable[Document], view_name: str) -> Iterator[str]:
+    """Documents as one text in a view, in stretches that cut no word; a line ends between two documents.
+
+    In `text27`, blanks collapse across stretches and documents. A text that is in this view already, as text8 is, stays
+    as it is: a space at either end of it is kept, other blanks there are not.
+    """
+    texts = _joined(documents)
+    return texts if view_name == "bytes" else _text27(texts)
 
 
 def view(text: str, name: str) -> str:
     """`bytes`: the text as it is. `text27`: letters a-z and single spaces, digits spelled out, as text8 is made."""
-    if name == "bytes":
-        return text
-    return _OTHER.sub(" ", text.lower().translate(_SPELLED)).strip()
+    return text if name == "bytes" else _spelled(text).strip()
 
 
-def join(texts: Sequence[str], view_name: str) -> str:
-    """Texts as one stream in a view, separated by the view's own blank."""
-    return ("\n" if view_name == "bytes" else " ").join(view(text, view_name) for text in texts)
+def join(texts: Iterable[str], view_name: str) -> str:
+    """Texts as one in a view."""
+    return "".join(stream((Document("", text) for text in texts), view_name))
 
 
 def read_text(path: Path) -> str:
     """A UTF-8 file, plain or .xz, without a byte-order mark."""
-    try:
-        data = lzma.open(path).read() if path.suffix.lower() == ".xz" else path.read_bytes()
-    except FileNotFoundError:
-        raise Failure(f"{path}: not found; a corpus folder needs {', '.join(f'{split}.txt' for split in SPLITS)}") from None
-    except (EOFError, lzma.LZMAError) as error:
-        raise Failure(f"{path}: truncated or damaged ({error}); fetch it again") from None
-    except OSError as error:
-        raise Failure(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Failure(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv -t UTF-8") from None
+    return "".join(_texts(path))
 
 
 def records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered objects of a .jsonl(.xz) file, each with the named fields as text."""
-    # Not splitlines: it also cuts at separators such as U+2028, which JSON allows inside a text.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(archives.lines(_texts(path)), 1):
         if not line.strip():
             continue
         try:
@@ -143,16 +199,142 @@ def check_record(path: Path, number: int, record: dict[str, Any], fields: Sequen
     return record
 
 
-def _documents(path: Path) -> Corpus:
-    corpus: Corpus = {split: [] for split in SPLITS}
-    for number, record in records(path, ("text", "split")):
-        name, year = str(record.get("id", number)), record.get("year")
-        corpus[record["split"]].append(Document(name, record["text"], year if isinstance(year, int) else None))
-    return corpus
+def _spelled(text: str) -> str:
+    return _OTHER.sub(" ", text.lower().translate(_SPELLED))
 
 
-def _cut(path: Path) -> Corpus:
-    text = read_text(path)
-    first, second = (round(share * len(text)) for share in TEXT_SPLIT)
-    parts = (text[:first], text[first:second], text[second:])
-    return {split: [Document(f"{path.name}:{split}", part)] for split, part in zip(SPLITS, parts, strict=True)}
+def _joined(documents: Iterable[Document]) -> Iterator[str]:
+    last = "\n"
+    for document in documents:
+        glue = "\n" if document.part == 0 and last != "\n" else ""
+        yield glue + document.text
+        last = document.text[-1:] or last
+
+
+def _text27(texts: Iterable[str]) -> Iterator[str]:
+    first = last = blank = ""
+    begun = False
+    for text in texts:
+        first, last = first or text[:1], text[-1:] or last
+        seen = _spelled(blank + text)
+        letters = seen.rstrip()
+        if letters:
+            yield letters if begun or first == " " else letters.lstrip()
+            begun = True
+        # A blank is held back until a letter follows it.
+        blank = seen[len(letters) :]
+    if begun and last == " ":
+        yield blank
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Text of a UTF-8 file, plain or .xz, in stretches."""
+
+    def chunks() -> Iterator[bytes]:
+        with archives.reading(path), lzma.open(path) if path.suffix.lower() == ".xz" else path.open("rb") as file:
+            while chunk := file.read(archives.MIB):
+                yield chunk
+
+    return archives.decoded(chunks(), str(path))
+
+
+def _parts(name: str, texts: Iterable[str]) -> Iterator[Document]:
+    return (Document(name, text, part=part) for part, text in enumerate(texts))
+
+
+def _json_lines(path: Path) -> Corpus:
+    sizes = dict.fromkeys(SPLITS, 0)
+    for _, record in records(path, ("text", "split")):
+        sizes[record["split"]] += len(record["text"].encode())
+
+    def read(split: str) -> Iterator[Document]:
+        for number, record in records(path, ("text", "split")):
+            if record["split"] == split:
+                year = record.get("year")
+                yield Document(str(record.get("id", number)), record["text"], year if isinstance(year, int) else None)
+
+    return {split: Split(size, partial(read, split)) for split, size in sizes.items()}
+
+
+def _folder(path: Path) -> Corpus:
+    """train.txt, valid.txt and test.txt, or, with none of these, all .txt files anywhere below, split by file."""
+    with archives.open(path) as folder:
+        names = [name for name in folder.names() if name.lower().endswith(".txt")]
+    given = [f"{split}.txt" for split in SPLITS]
+    if set(given) & set(names):
+        if missing := [name for name in given if name not in names]:
+            raise Failure(f"{path / missing[0]}: not found; a corpus folder needs {', '.join(given)}")
+        return _members(path, {split: [name] for split, name in zip(SPLITS, given, strict=True)})
+    if len(names) < len(SPLITS):
+        raise Failure(
+            f"{path}: holds {len(names)} .txt files; a corpus folder needs {', '.join(given)}, or three .txt files and more "
+            "to be split by file"
+        )
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    # Few files: at least one for each split.
+    held_out = max(1, round((1 - CUTS[0]) / 2 * len(names)))
+    return _members(path, {"train": names[2 * held_out :], "valid": names[held_out : 2 * held_out], "test": names[:held_out]})
+
+
+def _members(path: Path, members: dict[str, list[str]]) -> Corpus:
+    """Files of an archive or folder, each a document, in the archive's order: it may only be read from front to back."""
+    with archives.open(path) as archive:
+        sizes = {split: sum(map(archive.size, names)) for split, names in members.items()}
+
+    def read(split: str) -> Iterator[Document]:
+        left = set(members[split])
+        with archives.open(path) as archive:
+            for name in archive.names():
+                if name in left:
+                    yield from _parts(name, archive.texts(name))
+                    left.remove(name)
+                    if not left:
+                        return
+
+    return {split: Split(sizes[split], partial(read, split)) for split in SPLITS}
+
+
+def _cut_member(path: Path, member: str) -> Corpus:
+    """One file of an archive, cut at exact bytes."""
+    with archives.open(path) as archive:
+        size = archive.size(member)
+
+    def read(split: str, start: int, stop: int) -> Iterator[Document]:
+        with archives.open(path) as archive:
+            chunks = _between(archive.chunks(member), start, stop)
+            yield from _parts(f"{member}:{split}", archives.decoded(chunks, str(path), exact=True))
+
+    return {split: Split(stop - start, partial(read, split, start, stop)) for split, start, stop in _cuts(size)}
+
+
+def _cut_file(path: Path) -> Corpus:
+    """A text file, cut between characters."""
+    characters = size = 0
+    for text in _texts(path):
+        characters += len(text)
+        size += len(text.encode())
+
+    def read(split: str, start: int, stop: int) -> Iterator[Document]:
+        yield from _parts(f"{path.name}:{split}", _between(_texts(path), start, stop))
+
+    return {
+        split: Split(size * (stop - start) // max(1, characters), partial(read, split, start, stop))
+        for split, start, stop in _cuts(characters)
+    }
+
+
+def _cuts(length: int) -> list[tuple[str, int, int]]:
+    """Where each split of a single text starts and stops."""
+    places = [0, *(round(share * length) for share in CUTS), length]
+    return [(split, *span) for split, span in zip(SPLITS, pairwise(places), strict=True)]
+
+
+def _between(pieces: Iterable[Any], start: int, stop: int) -> Iterator[Any]:
+    """What lies between two places of a text or of bytes that come in pieces."""
+    done = 0
+    for piece in pieces:
+        if part := piece[max(0, start - done) : max(0, stop - done)]:
+            yield part
+        done += len(piece)
+        if done >= stop:
+            return

@@ -1,8 +1,9 @@
 """Scores that a model has to be compared with: compressors for a language model, TF-IDF for a classifier."""
 
 import bz2
-import gzip
 import lzma
+import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,14 +12,19 @@ from pipeline.data.tasks import Task
 from pipeline.errors import Failure
 
 
-def compressors(data: bytes) -> dict[str, float]:
-    """Bits per byte that gzip, bz2 and xz reach at their strongest."""
-    sizes = {
-        "gzip": len(gzip.compress(data, 9, mtime=0)),
-        "bz2": len(bz2.compress(data, 9)),
-        "xz": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+def compressors(chunks: Iterable[bytes]) -> dict[str, float]:
+    """Bits per byte that gzip, bz2 and xz reach at their strongest on bytes that come in chunks."""
+    packers = {
+        "gzip": zlib.compressobj(9, wbits=16 + zlib.MAX_WBITS),
+        "bz2": bz2.BZ2Compressor(9),
+        "xz": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),
     }
-    return {name: 8 * size / len(data) for name, size in sizes.items()}
+    length, sizes = 0, dict.fromkeys(packers, 0)
+    for chunk in chunks:
+        length += len(chunk)
+        for name, packer in packers.items():
+            sizes[name] += len(packer.compress(chunk))
+    return {name: 8 * (sizes[name] + len(packer.flush())) / length for name, packer in packers.items()}
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:

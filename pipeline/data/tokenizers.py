@@ -12,6 +12,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from pipeline.data.archives import encoded
 from pipeline.errors import Failure
 
 PAD = "<pad>"
@@ -64,8 +65,11 @@ class Tokenizer:
         return "bpc"
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids as uint16. The ids are the UTF-8 bytes, so numpy does what the saved tokenizer does, at memory speed."""
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
+        """Ids as uint16. The ids are the UTF-8 bytes, so numpy does what the saved tokenizer does, at memory speed.
+
+        Half of a character, where a corpus is cut there, is the bytes it came from.
+        """
+        return np.frombuffer(encoded(text), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of ids; pads are left out and bytes that are no UTF-8 are replaced."""

@@ -34,8 +34,9 @@ def flops_per_token(
     """Active FLOPs per token of a sequence of `length` tokens, after `memory` remembered ones, to the last hidden states.
 
     Counts matrix products and attention (what torch counts), the quantizer's distances and the router included, but not
-    what a batch shares: the encodings of relative positions. With `targets` also their scores, as the mean over these
-    ids: in an adaptive softmax a rare token costs more than a frequent one, so they should be a sample of real text.
+    what is the same for all sequences of a batch: projections of relative positions, a router made by a hypernetwork.
+    With `targets` also their scores, as the mean over these ids: in an adaptive softmax a rare token costs more than a
+    frequent one, so they should be a sample of real text.
     """
     was_training = model.training
     model.eval()

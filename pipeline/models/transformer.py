@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.config import Model
 from pipeline.models.relative import Relative, RelativeAttention, RelativePositions
 from pipeline.moe.layer import LayerOutput, Mode, build_layer
-from pipeline.moe.routers.base import Loss, Settings
+from pipeline.moe.routers.base import Loss, Settings, Sizes
 
 
 class Hidden(NamedTuple):
@@ -29,8 +29,10 @@ class Hidden(NamedTuple):
         return [seen_BSD[:, -length:] for seen_BSD in self.seen] if length else None
 
     def auxiliary(self) -> Tensor:
-        """Weighted sum of all layers' auxiliary losses."""
+        """Weighted sum of all layers' auxiliary losses; zero where there are none."""
         terms: list[Loss] = [loss for layer in self.layers for loss in layer.losses.values()]
+        if not terms:
+            return self.state_BTD.new_zeros(())
         return torch.stack([loss.weight * loss.value for loss in terms]).sum()
 
     def losses(self) -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ class Transformer(nn.Module):
         if model.positions == "relative":
             self.relative = RelativePositions(model.width, model.heads, model.head_width, model.dropout)
         self.dropout = nn.Dropout(model.dropout)
-        self.blocks = nn.ModuleList(Block(model, method, settings) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(model, method, settings, vocabulary) for _ in range(model.layers))
         self.norm = nn.LayerNorm(model.width) if model.norm == "pre" else nn.Identity()
         self.adaptive = None
         if model.cutoffs:
@@ -81,6 +83,12 @@ class Transformer(nn.Module):
     @property
     def infer_mode(self) -> Mode:
         return self.moe_layers[0].infer_mode
+
+    def begin_step(self, done: float) -> None:
+        """Tell the routers that a step of pre-training begins, with this share of the steps done (0 to 1)."""
+        routers = [layer.router for layer in self.moe_layers if hasattr(layer, "router")]
+        if routers:
+            type(routers[0]).begin_step(routers, done)
 
     def forward(
         self, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor | None = None, memory: list[Tensor] | None = None
@@ -103,7 +111,7 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             seen_BSD = x_BTD if memory is None else torch.cat([memory[index], x_BTD], 1)
             seen.append(seen_BSD.detach())
-            x_BTD, output = block(x_BTD, seen_BSD, places, mode, valid_BT)
+            x_BTD, output = block(x_BTD, seen_BSD, places, tokens_BT, mode, valid_BT)
             layers.append(output)
         return Hidden(self.norm(x_BTD), layers, seen)
 
@@ -119,35 +127,42 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Causal self-attention, then the mixture of experts, each with a residual and a normalisation before or after."""
 
-    def __init__(self, model: Model, method: str, settings: Settings) -> None:
+    def __init__(self, model: Model, method: str, settings: Settings, vocabulary: int) -> None:
         super().__init__()
         self.pre = model.norm == "pre"
         self.attention_norm = nn.LayerNorm(model.width)
         attention = RelativeAttention if model.positions == "relative" else Attention
         self.attention = attention(model.width, model.heads, model.head_width)
-        self.moe_norm = nn.LayerNorm(model.width)
-        self.moe = build_layer(
-            method, settings, width=model.width, experts=model.experts, hidden=model.expert_width, dropout=model.dropout
-        )
+        moe = build_layer(method, settings, Sizes(model.width, model.experts, model.expert_width, vocabulary, model.dropout))
+        # A layer with a normalisation of its own shares it with the block, and is the one that registers it.
+        self.moe_norm = None if hasattr(moe, "norm") else nn.LayerNorm(model.width)
+        self.moe = moe
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(
-        self, x_BTD: Tensor, seen_BSD: Tensor, places: "Relative | Rotary | None", mode: Mode, valid_BT: Tensor | None
+        self,
+        x_BTD: Tensor,
+        seen_BSD: Tensor,
+        places: "Relative | Rotary | None",
+        tokens_BT: Tensor,
+        mode: Mode,
+        valid_BT: Tensor | None,
     ) -> tuple[Tensor, LayerOutput]:
         """`seen` is the memory, if there is one, and then x."""
+        moe_norm = self.moe_norm or self.moe.norm
         if self.pre:
             x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(seen_BSD), places))
-            y_BTD, output = self._mix(self.moe_norm(x_BTD), mode, valid_BT)
+            y_BTD, output = self._mix(moe_norm(x_BTD), tokens_BT, mode, valid_BT)
             return x_BTD + y_BTD, output
         x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(seen_BSD, places)))
-        y_BTD, output = self._mix(x_BTD, mode, valid_BT)
-        return self.moe_norm(x_BTD + y_BTD), output
+        y_BTD, output = self._mix(x_BTD, tokens_BT, mode, valid_BT)
+        return moe_norm(x_BTD + y_BTD), output
 
-    def _mix(self, x_BTD: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
+    def _mix(self, x_BTD: Tensor, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
         if valid_BT is None:
-            output = self.moe(x_BTD.flatten(0, 1), mode)
+            output = self.moe(x_BTD.flatten(0, 1), mode, tokens_BT.flatten())
             return self.dropout(output.y_ND.view_as(x_BTD)), output
-        output = self.moe(x_BTD[valid_BT], mode)
+        output = self.moe(x_BTD[valid_BT], mode, tokens_BT[valid_BT])
         return self.dropout(torch.zeros_like(x_BTD).masked_scatter(valid_BT[..., None], output.y_ND)), output
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from pipeline.moe.experts import Experts
 
 
-def apply_experts(experts: Experts, x: Tensor, index_NK: Tensor) -> Tensor:
+def apply_experts(experts: Experts, x: Tensor, index_NK: Tensor, drop: bool = True) -> Tensor:
     """y[n, k] = FFN_{index[n, k]}(x[n]) for x of shape (N, D), or of x[n, k] for x of shape (N, K, D).
 
-    Returns (N, K, D). One sort and one grouped product per layer of the experts, whatever K is.
+    Returns (N, K, D). One sort and one grouped product per layer of the experts, whatever K is. Without `drop` the experts
+    leave out their dropout.
     """
     tokens, slots = index_NK.shape
     index_A = index_NK.reshape(-1)
@@ -22,8 +23,13 @@ def apply_experts(experts: Experts, x: Tensor, index_NK: Tensor) -> Tensor:
     rows_E = torch.bincount(index_A, minlength=experts.count)
     copies = slots if x.dim() == 2 else 1
     x_AD = _Gather.apply(x.reshape(-1, x.shape[-1]), order_A, inverse_A, copies)
-    y_AD = experts(x_AD, rows_E)
+    y_AD = experts(x_AD, rows_E, drop)
     return _Gather.apply(y_AD, inverse_A, order_A, 1).view(tokens, slots, -1)
+
+
+def combine(y_NKD: Tensor, weight_NK: Tensor) -> Tensor:
+    """sum_k w_k y_k (N, D)."""
+    return (weight_NK[..., None] * y_NKD).sum(1)
 
 
 class _Gather(torch.autograd.Function):

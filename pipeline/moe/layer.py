@@ -3,51 +3,67 @@
 Shapes: N tokens, D width, E experts, K assignments per token, C codes.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.moe.dispatch import apply_experts
-from pipeline.moe.experts import Experts
+from pipeline.moe.dispatch import apply_experts, combine
+from pipeline.moe.experts import Experts, FeedForward
 from pipeline.moe.quantizer import VectorQuantizer
+from pipeline.moe.released import VQMoEReleased
 from pipeline.moe.routers import ROUTERS
-from pipeline.moe.routers.base import Loss, Settings
+from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Settings, Sizes
 from pipeline.moe.routers.smoe import SMoE
-
-Mode = Literal["both", "router", "discrete"]
-
-
-class LayerOutput(NamedTuple):
-    """Result y (N, D), auxiliary losses, the experts each token went to (N, K) and, where there is one, its code (N,)."""
-
-    y_ND: Tensor
-    losses: dict[str, Loss]
-    index_NK: Tensor
-    code_N: Tensor | None
 
 
 class SparseMoE(nn.Module):
-    """y = sum_k w_k FFN_k(x) over the experts a router chose. Knows the one mode `router`."""
+    """y = sum_k w_k FFN_k(x) over the experts a router chose, in the modes that the router knows."""
 
-    train_mode: Mode = "router"
-    infer_mode: Mode = "router"
-
-    def __init__(self, router: nn.Module, experts: Experts) -> None:
+    def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()
         self.router, self.experts = router, experts
+        self.train_mode, self.infer_mode = router.train_mode, router.infer_mode
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> LayerOutput:
-        assert mode == "router", mode
-        return _routed(self.router, self.experts, x_ND)
+    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
+        assert mode in (self.train_mode, self.infer_mode), mode
+        route = self.router.dense if mode == "dense" else self.router
+        routing = route(x_ND, id_N)
+        routing, y_NKD = self.router.settle(routing, apply_experts(self.experts, x_ND, routing.index_NK))
+        return LayerOutput(combine(y_NKD, routing.weight_NK), routing.losses, routing.index_NK, None)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
-        """What decides the assignment: the router."""
-        return list(self.router.parameters())
+        """What decides the assignment and still learns: the router, or a part of it."""
+        return self.router.assignment_parameters()
 
     def freeze_assignment(self) -> None:
-        """Nothing to freeze: a learned router goes on learning in fine-tuning."""
+        """Nothing to freeze: a learned router goes on learning in fine-tuning, a frozen one is frozen."""
+
+
+class Dense(nn.Module):
+    """y = FFN(x) with k times the hidden width of an expert: the active FLOPs of k experts, without a router."""
+
+    train_mode: Mode = "dense"
+    infer_mode: Mode = "dense"
+
+    class Settings(Settings):
+        top_k: Annotated[int, Field(gt=0)]
+
+    def __init__(self, settings: Settings, sizes: Sizes) -> None:
+        super().__init__()
+        self.experts = FeedForward(sizes.width, settings.top_k * sizes.hidden, sizes.dropout)
+
+    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
+        assert mode == "dense", mode
+        return LayerOutput(self.experts(x_ND), {}, x_ND.new_zeros(len(x_ND), 1, dtype=torch.long), None)
+
+    def assignment_parameters(self) -> list[nn.Parameter]:
+        """Nothing decides."""
+        return []
+
+    def freeze_assignment(self) -> None:
+        """Nothing to freeze."""
 
 
 class VQMoE(nn.Module):
@@ -77,19 +93,23 @@ class VQMoE(nn.Module):
             if self.codes % experts:
                 raise ValueError(f"codes is {self.codes}: must be a multiple of model.experts ({experts})")
 
-    def __init__(self, settings: Settings, width: int, experts: Experts) -> None:
+    def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__()
-        self.settings, self.experts = settings, experts
-        self.router = SMoE(SMoE.Settings(top_k=settings.top_k, balance=settings.balance), width, experts.count)
+        width = sizes.width
+        self.settings = settings
+        self.experts = Experts(sizes.experts, width, sizes.hidden, sizes.dropout)
+        self.router = SMoE(SMoE.Settings(top_k=settings.top_k, balance=settings.balance), sizes)
         self.quantizer = VectorQuantizer(settings.codes, width, settings.dead_share)
         if settings.input == "residual":
             self.code_embedding_CD = nn.Parameter(torch.zeros(settings.codes, width))
         if settings.combine == "gate":
             self.gate = nn.Linear(width, 2)
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> LayerOutput:
+    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
         if mode == "router":
-            return _routed(self.router, self.experts, x_ND)
+            routing = self.router(x_ND, id_N)
+            y_NKD = apply_experts(self.experts, x_ND, routing.index_NK)
+            return LayerOutput(combine(y_NKD, routing.weight_NK), routing.losses, routing.index_NK, None)
         if mode == "both" and self.training and torch.rand(()) < self.settings.drop_routed:
             mode = "discrete"
         quantized = self.quantizer(x_ND)
@@ -102,12 +122,11 @@ class VQMoE(nn.Module):
         if mode == "discrete":
             y_ND = apply_experts(self.experts, discrete_ND, expert_N1).squeeze(1)
             return LayerOutput(y_ND, losses, expert_N1, quantized.code_N)
-        routing = self.router(x_ND)
+        routing = self.router(x_ND, id_N)
         index_NK = torch.cat([routing.index_NK, expert_N1], 1)
         x_NKD = torch.cat([x_ND[:, None].expand(-1, self.settings.top_k, -1), discrete_ND[:, None]], 1)
         y_NKD = apply_experts(self.experts, x_NKD, index_NK)
-        routed_ND = (routing.weight_NK[..., None] * y_NKD[:, :-1]).sum(1)
-        y_ND = self._combine(x_ND, routed_ND, y_NKD[:, -1])
+        y_ND = self._combine(x_ND, combine(y_NKD[:, :-1], routing.weight_NK), y_NKD[:, -1])
         return LayerOutput(y_ND, routing.losses | losses, index_NK, quantized.code_N)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
@@ -133,18 +152,14 @@ class VQMoE(nn.Module):
         return gate_N2[:, :1] * routed_ND + gate_N2[:, 1:] * discrete_ND
 
 
-def _routed(router: nn.Module, experts: Experts, x_ND: Tensor) -> LayerOutput:
-    routing = router(x_ND)
-    y_NKD = apply_experts(experts, x_ND, routing.index_NK)
-    return LayerOutput((routing.weight_NK[..., None] * y_NKD).sum(1), routing.losses, routing.index_NK, None)
+# Methods that are more than a router.
+LAYERS = {"vqmoe": VQMoE, "vqmoe_released": VQMoEReleased, "dense": Dense}
+SETTINGS = {name: made.Settings for name, made in (LAYERS | ROUTERS).items()}
 
 
-SETTINGS = {"vqmoe": VQMoE.Settings} | {name: router.Settings for name, router in ROUTERS.items()}
-
-
-def build_layer(method: str, settings: Settings, *, width: int, experts: int, hidden: int, dropout: float) -> nn.Module:
+def build_layer(method: str, settings: Settings, sizes: Sizes) -> nn.Module:
     """The layer of a method by its name under `methods` in params.yaml."""
-    feed_forward = Experts(experts, width, hidden, dropout)
-    if method in ROUTERS:
-        return SparseMoE(ROUTERS[method](settings, width, experts), feed_forward)
-    return VQMoE(settings, width, feed_forward)
+    if method in LAYERS:
+        return LAYERS[method](settings, sizes)
+    experts = Experts(sizes.experts, sizes.width, sizes.hidden, sizes.dropout)
+    return SparseMoE(ROUTERS[method](settings, sizes), experts)

@@ -18,6 +18,20 @@ def balance_loss(*, probs_NE: Tensor, index_NK: Tensor) -> Tensor:
     return experts * (share_E * probs_NE.mean(0)).sum()
 
 
+def overload_loss(*, weight_NK: Tensor, index_NK: Tensor, experts: int) -> Tensor:
+    """Mean over assignments of (n_e / n - 1) w, with n_e assignments to the expert and n = N K / E (StableMoE's balance).
+
+    Lowers the weights of crowded experts and raises those of idle ones; 0 when all experts get the same number.
+    """
+    load_E = torch.bincount(index_NK.flatten(), minlength=experts).to(weight_NK.dtype) * experts / index_NK.numel()
+    return ((load_E - 1)[index_NK] * weight_NK).mean()
+
+
+def distillation_loss(*, scores_NE: Tensor, index_NK: Tensor) -> Tensor:
+    """Cross-entropy of softmax(scores) to the experts chosen by another router, mean over assignments."""
+    return -scores_NE.log_softmax(-1).gather(1, index_NK).mean()
+
+
 def codebook_loss(*, x_ND: Tensor, value_ND: Tensor) -> Tensor:
     """||sg(x) - v||^2, mean over elements: pulls each code to its tokens (VQ-VAE, second term)."""
     return F.mse_loss(value_ND, x_ND.detach())

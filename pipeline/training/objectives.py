@@ -12,15 +12,20 @@ from pipeline.training.loop import Objective
 from pipeline.training.validation import nats, score
 
 
-def language_objective(model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode, unit: Unit) -> Objective:
+def language_objective(
+    model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode, unit: Unit, steps: int | None = None
+) -> Objective:
     """Next-token cross-entropy plus the layers' auxiliary losses, on segments of the model's context length.
 
     They are random ones; for a model with memory those of contiguous streams, whose memory ends where they begin anew.
+    `steps` is the length of a pre-training, over which routers follow their schedules; without it they follow none.
     """
     memory = None
 
     def objective(step: int):
         nonlocal memory
+        if steps is not None:
+            model.begin_step((step - 1) / steps)
         if model.memory:
             segment_BT, first = stream_batch(tokens, batch, model.context, seed, step)
             memory = None if first else memory

@@ -23,8 +23,10 @@ from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
 
 
-def test_tokens_are_mapped_not_loaded(tmp_path):
-    write_tokens(tmp_path / "t.npy", np.arange(1000))
+def test_tokens_are_mapped_not_loaded_and_written_as_they_come(tmp_path):
+    assert write_tokens(tmp_path / "t.npy", (np.arange(first, first + 100) for first in range(0, 1000, 100))) == 1000
+    np.save(tmp_path / "whole.npy", np.arange(1000, dtype=np.uint16))
+    assert (tmp_path / "t.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     tokens = open_tokens(tmp_path / "t.npy")
     assert isinstance(tokens, np.memmap)
     assert tokens[999] == 999
@@ -42,7 +44,7 @@ def test_tokens_are_mapped_not_loaded(tmp_path):
 )
 def test_damaged_token_files(tmp_path, damage):
     path = tmp_path / "t.npy"
-    write_tokens(path, np.arange(1000))
+    write_tokens(path, [np.arange(1000)])
     damage(path)
     with pytest.raises(Failure, match=r"t\.npy: .*run `vqmoe prepare`") as caught:
         open_tokens(path)

@@ -17,6 +17,7 @@ def test_ids_are_what_the_saved_tokenizer_gives(tmp_path):
     assert ours.decode(ours.encode(everything)) == everything
     assert (ours.size, ours.pad) == (257, 256)
     assert ours.decode(np.array([72, 256, 105])) == "Hi"
+    assert ours.encode("\udce6\udcbc").tolist() == [0xE6, 0xBC]  # what is left of a character that a corpus is cut in
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b'{"version": "1.0"}'])

@@ -1,13 +1,11 @@
-import copy
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.moe.layer import SETTINGS, build_layer
+from pipeline.moe.routers.base import Sizes
 from tests.moe import reference
+from tests.moe.compare import assert_matches, over_cases
 
 VQ = {
     "top_k": 1,
@@ -25,43 +23,26 @@ VQ = {
 
 def layer(method: str, experts: int = 4, width: int = 8, hidden: int = 12, **changes):
     base = VQ if method == "vqmoe" else {"top_k": 2, "balance": 0.01}
-    made = build_layer(method, SETTINGS[method](**(base | changes)), width=width, experts=experts, hidden=hidden, dropout=0.0)
+    made = build_layer(method, SETTINGS[method](**(base | changes)), Sizes(width, experts, hidden, vocabulary=7, dropout=0.0))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return made.eval()
 
 
-def assert_matches(made, mode: str, naive, x_ND: torch.Tensor) -> None:
-    """Outputs and all gradients of the float32 layer against the float64 loops."""
-    exact = copy.deepcopy(made).double()
-    fast_x, exact_x = x_ND.clone().requires_grad_(), x_ND.double().requires_grad_()
-    fast, slow = made(fast_x, mode).y_ND, naive(exact, exact_x)
-    torch.testing.assert_close(fast.double(), slow, atol=1e-4, rtol=1e-3)
-    upstream = torch.randn_like(slow)
-    fast.backward(upstream.float())
-    slow.backward(upstream)
-    torch.testing.assert_close(fast_x.grad.double(), exact_x.grad, atol=1e-3, rtol=1e-2)
-    for (name, one), other in zip(made.named_parameters(), exact.parameters(), strict=True):
-        if other.grad is None:
-            assert one.grad is None or not one.grad.any(), name
-        else:
-            torch.testing.assert_close(
-                one.grad.double(), other.grad, atol=1e-3, rtol=1e-2, msg=lambda text, name=name: f"{name}: {text}"
-            )
+@over_cases
+def test_a_learned_router_matches_the_loops(case):
+    assert_matches(case.layer("smoe"), "router", reference.smoe, *case.inputs())
 
 
-@settings(max_examples=25, deadline=None)
-@given(tokens=st.integers(1, 20), experts=st.integers(1, 6), slots=st.integers(1, 6), seed=st.integers(0, 1000))
-def test_sparse_layer_matches_the_loops(tokens, experts, slots, seed):
-    torch.manual_seed(seed)
-    made = layer("smoe", experts=experts, top_k=min(slots, experts))
-    assert_matches(made, "router", reference.sparse, torch.randn(tokens, 8))
+@over_cases
+def test_a_dense_layer_matches_the_loops(case):
+    assert_matches(case.layer("dense"), "dense", reference.dense, *case.inputs())
 
 
 @pytest.mark.parametrize("source", ["code", "blend", "residual"])
 @pytest.mark.parametrize("combine", ["sum", "gate"])
 @pytest.mark.parametrize(
-    ("mode", "naive"), [("both", reference.both), ("router", reference.sparse), ("discrete", reference.discrete)]
+    ("mode", "naive"), [("both", reference.both), ("router", reference.smoe), ("discrete", reference.discrete)]
 )
 def test_vqmoe_matches_the_loops_in_every_mode(source, combine, mode, naive):
     torch.manual_seed(1)
@@ -76,9 +57,8 @@ def test_all_tokens_to_one_expert_and_a_single_token():
         made.router.scores.bias.copy_(torch.tensor([0.0, 50.0, 0.0, 0.0]))
     x_ND = torch.randn(9, 8)
     assert made(x_ND, "router").index_NK.unique().tolist() == [1]
-    assert_matches(made, "router", reference.sparse, x_ND)
-    made.zero_grad()
-    assert_matches(made, "router", reference.sparse, x_ND[:1])
+    assert_matches(made, "router", reference.smoe, x_ND)
+    assert_matches(made, "router", reference.smoe, x_ND[:1])
 
 
 def test_code_points_to_expert_by_remainder():

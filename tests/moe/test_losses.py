@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pipeline.moe.losses import balance_loss, codebook_loss, commitment_loss
+from pipeline.moe.losses import balance_loss, codebook_loss, commitment_loss, distillation_loss, overload_loss
+from tests.moe import reference
 
 
 def test_balance_is_exactly_one_when_uniform():
@@ -26,15 +27,42 @@ def test_balance_against_loops_and_its_gradient_lowers_the_crowded_expert():
     scores_NE = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
     index_NK = scores_NE.topk(2).indices
     probs_NE = scores_NE.softmax(-1)
-    naive = 0.0
-    for e in range(5):
-        f = sum(int(i) == e for row in index_NK for i in row) / 60
-        naive += 5 * f * sum(probs_NE[n, e] for n in range(30)) / 30
+    naive = reference.balance([list(row) for row in probs_NE], index_NK.tolist())
     loss = balance_loss(probs_NE=probs_NE, index_NK=index_NK)
     assert loss.item() == pytest.approx(naive.item(), abs=1e-12)
     loss.backward()
     crowded = torch.bincount(index_NK.flatten()).argmax()
     assert scores_NE.grad[:, crowded].sum() > 0
+
+
+def test_overload_against_loops_and_its_gradient_lowers_the_crowded_expert():
+    torch.manual_seed(0)
+    scores_NE = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
+    index_NK = scores_NE.topk(2).indices
+    weight_NK = scores_NE.gather(1, index_NK).sigmoid()
+    loss = overload_loss(weight_NK=weight_NK, index_NK=index_NK, experts=5)
+    naive = reference.overload([list(row) for row in weight_NK], index_NK.tolist(), 5)
+    assert loss.item() == pytest.approx(naive.item(), abs=1e-12)
+    loss.backward()
+    count_E = torch.bincount(index_NK.flatten(), minlength=5)
+    assert scores_NE.grad[:, count_E.argmax()].sum() > 0 > scores_NE.grad[:, count_E.argmin()].sum()
+
+
+def test_overload_is_zero_when_every_expert_gets_the_same_number_and_positive_when_one_gets_all():
+    weight_NK = torch.rand(8, 1)
+    even_NK, crowded_NK = torch.arange(8)[:, None] % 4, torch.zeros(8, 1, dtype=torch.long)
+    assert overload_loss(weight_NK=weight_NK, index_NK=even_NK, experts=4).item() == 0.0
+    assert overload_loss(weight_NK=weight_NK, index_NK=crowded_NK, experts=4).item() == pytest.approx(3 * weight_NK.mean().item())
+
+
+def test_distillation_against_loops_and_at_its_least():
+    torch.manual_seed(0)
+    scores_NE = torch.randn(20, 5, dtype=torch.float64)
+    index_NK = torch.randn(20, 5).topk(2).indices
+    naive = reference.distillation([list(row) for row in scores_NE], index_NK.tolist())
+    assert distillation_loss(scores_NE=scores_NE, index_NK=index_NK).item() == pytest.approx(naive.item(), abs=1e-12)
+    sure_NE = torch.zeros(20, 5).scatter(1, index_NK[:, :1], 100.0)
+    assert distillation_loss(scores_NE=sure_NE, index_NK=index_NK[:, :1]).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_codebook_and_commitment_pull_different_sides():

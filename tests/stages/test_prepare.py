@@ -3,11 +3,14 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.data.batches import open_tokens
 from pipeline.data.corpora import SPLITS
 from pipeline.data.tokenizers import Tokenizer
+from pipeline.errors import Failure
 from pipeline.files import digest
 from stages import prepare
 from stages.paths import SECTIONS, Paths
+from tests.data.server import HELD_OUT, TRAINING, billion, wikitext, zipped
 
 
 @pytest.mark.parametrize("view", ["text27", "bytes"])
@@ -32,3 +35,48 @@ def test_the_manifest_describes_what_was_written(tiny_params, corpus_folder, tas
         assert manifest["tokens"][split] == manifest["characters"][split] == len(text)
     assert manifest["references"] == returned["references"]
     assert set(manifest["references"]["bits_per_character"]) == {"gzip", "bz2", "xz", "unigram"}
+
+
+def _prepare(tiny_params, task_file, tmp_path, corpus, view="bytes"):
+    params = tiny_params(f"data.corpus={corpus}", f"data.task={task_file}", f"data.view={view}")
+    paths = Paths(tmp_path, tmp_path / "out")
+    counts = prepare.run(params.select(SECTIONS["prepare"]), paths)
+    assert {path.name for path in (tmp_path / "out/outputs").iterdir()} == {"data"}
+    return counts, {split: bytes(open_tokens(paths.data / f"{split}.npy").astype(np.uint8)) for split in SPLITS}
+
+
+def test_half_a_character_of_enwik8_is_its_bytes(tiny_params, task_file, tmp_path, publish):
+    content = b"<page>" * 300 + b"y" * 99 + "\u6f22".encode() + b"z" * 98
+    publish("enwik8", zipped({"enwik8": content}))
+    counts, written = _prepare(tiny_params, task_file, tmp_path, "enwik8")
+    assert written == {"train": content[:1800], "valid": content[1800:1900], "test": content[1900:]}
+    assert written["valid"][-1:] + written["test"][:2] == "\u6f22".encode()
+    assert counts["documents"] == {"train": 1, "valid": 1, "test": 1}
+    assert counts["characters"] == counts["tokens"] == {"train": 1800, "valid": 100, "test": 100}
+
+
+@pytest.mark.parametrize("view", ["bytes", "text27"])
+def test_text8_is_its_own_view(tiny_params, task_file, tmp_path, publish, view):
+    content = b" ab cd" * 500
+    publish("text8", zipped({"text8": content}))
+    _, written = _prepare(tiny_params, task_file, tmp_path, "text8", view)
+    assert written == {"train": content[:2700], "valid": content[2700:2850], "test": content[2850:]}
+
+
+def test_wikitext_and_one_billion_words(tiny_params, task_file, tmp_path, publish):
+    contents = {split: f" \n = {split} = \n \n a <unk> of 1 @,@ 000 \n" * 5 for split in SPLITS}
+    publish("wikitext-103", wikitext(contents))
+    _, written = _prepare(tiny_params, task_file, tmp_path, "wikitext-103")
+    assert written == {split: content.encode() for split, content in contents.items()}
+    publish("lm1b", billion({name: f"It is in {name} .\n".encode() for name in (*TRAINING, *HELD_OUT)}))
+    counts, written = _prepare(tiny_params, task_file, tmp_path, "lm1b")
+    assert written["test"] == f"It is in {HELD_OUT[1]} .\n".encode()
+    assert written["train"].count(b"\n") == counts["documents"]["train"] == 99
+
+
+def test_a_view_that_leaves_nothing_is_named(tiny_params, task_file, tmp_path):
+    lines = [{"text": "abc" if split == "train" else "\u6f22\u5b57", "split": split} for split in SPLITS]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(Failure, match=r"data\.view text27 leaves nothing of the valid split.*use data\.view: bytes"):
+        _prepare(tiny_params, task_file, tmp_path, "c.jsonl", "text27")
+    assert list((tmp_path / "out/outputs").iterdir()) == []

@@ -28,7 +28,7 @@ def run(model, objective, validate, settings=None):
     logged = []
     fitted = fit(
         model,
-        adam(model.parameters(), training()),
+        adam(model.parameters(), 0.1),
         settings or training(),
         objective=objective,
         validate=validate,
@@ -83,7 +83,7 @@ def test_schedule_rises_then_falls_to_zero():
 
 
 def test_weight_decay_spares_vectors():
-    groups = adam(nn.Linear(3, 2).parameters(), training(beta2=0.7), weight_decay=0.5).param_groups
+    groups = adam(nn.Linear(3, 2).parameters(), 0.1, beta2=0.7, weight_decay=0.5).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 1)]
     assert {group["betas"] for group in groups} == {(0.9, 0.7)}
 

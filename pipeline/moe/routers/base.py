@@ -1,9 +1,17 @@
-"""What every router returns, and what its settings share."""
+"""What routers and layers are made from and what they answer, and what a method's settings share.
 
-from typing import NamedTuple
+Shapes: N tokens, D width, E experts, K experts per token.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
+
+# How a layer is used: `both` paths of VQMoE, its `discrete` path alone, a `router` with few experts per token, or
+# `dense`: all experts (or the one there is).
+Mode = Literal["both", "router", "discrete", "dense"]
 
 
 class Loss(NamedTuple):
@@ -22,6 +30,25 @@ class Routing(NamedTuple):
     losses: dict[str, Loss]
 
 
+class LayerOutput(NamedTuple):
+    """Result y (N, D), auxiliary losses, the experts each token went to (N, K) and, where there is one, its code (N,)."""
+
+    y_ND: Tensor
+    losses: dict[str, Loss]
+    index_NK: Tensor
+    code_N: Tensor | None
+
+
+class Sizes(NamedTuple):
+    """What a layer is built for: model width, number of experts and their hidden width, token ids, activation dropout."""
+
+    width: int
+    experts: int
+    hidden: int
+    vocabulary: int
+    dropout: float
+
+
 class Settings(BaseModel):
     """Base of a method's section in params.yaml: frozen, typed, no unknown key."""
 
@@ -32,3 +59,42 @@ class Settings(BaseModel):
         top_k = getattr(self, "top_k", 1)
         if top_k > experts:
             raise ValueError(f"top_k is {top_k}: at most model.experts ({experts})")
+
+
+class Router(nn.Module):
+    """Base of all routers; built as `Router(settings, sizes)`."""
+
+    train_mode: Mode = "router"
+    infer_mode: Mode = "router"
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x_ND: Tensor, id_N: Tensor | None) -> Routing:
+        """Route tokens; `id_N` are the ids of the input tokens they stem from, None where there are none."""
+        raise NotImplementedError
+
+    def settle(self, routing: Routing, y_NKD: Tensor) -> tuple[Routing, Tensor]:
+        """Last word of the router once its experts have answered; both come back with the experts that count."""
+        return routing, y_NKD
+
+    @staticmethod
+    def begin_step(routers: Sequence["Router"], done: float) -> None:
+        """Called before every step of pre-training with the routers of all layers and the share of the steps done."""
+
+    def assignment_parameters(self) -> list[nn.Parameter]:
+        """The parameters that decide who goes where and still learn."""
+        return list(self.parameters())
+
+
+def top_k(scores_NE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices (N, K) of the k largest scores, the softmax over those (N, K), and the softmax over all (N, E)."""
+    probs_NE = scores_NE.softmax(-1)
+    top_NK, index_NK = scores_NE.topk(k, dim=-1)
+    if k > 1:
+        return index_NK, top_NK.softmax(-1), probs_NE
+    # A softmax over one score is the constant 1 and would leave the router without a gradient: keep the value 1, and
+    # let the gradient be that of the chosen expert's probability.
+    chosen_N1 = probs_NE.gather(1, index_NK)
+    return index_NK, chosen_N1 + (1 - chosen_N1).detach(), probs_NE
