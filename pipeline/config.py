@@ -28,6 +28,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.errors import UsageError
 
 Count = Annotated[int, Field(gt=0)]
+Length = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -46,6 +47,12 @@ class Section(BaseModel):
 def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(value)) != len(value):
         raise ValueError("lists an entry twice; name each once")
+    return value
+
+
+def _rising(value: tuple[float, ...]) -> tuple[float, ...]:
+    if list(value) != sorted(set(value)):
+        raise ValueError("must rise from entry to entry")
     return value
 
 
@@ -93,22 +100,40 @@ class Model(Section):
     layers: Count
     width: Count
     heads: Count
+    head_width: Count
     experts: Count
     expert_width: Count
     context: Annotated[int, Field(ge=8)]
+    memory: Length
+    evaluate_context: Count
+    evaluate_memory: Length
     dropout: Share
     norm: Literal["pre", "post"]
-    positions: Literal["rotary", "learned"]
+    positions: Literal["rotary", "learned", "relative"]
+    cutoffs: Annotated[tuple[Count, ...], AsTuple]
+
+    @field_validator("cutoffs")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _rising(value)
 
     @model_validator(mode="after")
-    def _widths_fit(self) -> "Model":
+    def _keys_agree(self) -> "Model":
         for name in ("width", "expert_width"):
             if getattr(self, name) % GROUPED:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be a multiple of {GROUPED}, for grouped products")
-        if self.width % self.heads:
-            raise ValueError(f"heads is {self.heads}: must divide width ({self.width})")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise ValueError(f"width / heads is {self.width // self.heads}: must be even for rotary positions")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"head_width is {self.head_width}: must be even for rotary positions")
+        if self.positions != "relative":
+            for key in ("memory", "evaluate_memory"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} is {getattr(self, key)}: must be 0 unless positions are relative")
+            if self.evaluate_context > self.context:
+                raise ValueError(
+                    f"evaluate_context is {self.evaluate_context}: at most context ({self.context}) unless positions are relative"
+                )
+        if self.width < 4 ** len(self.cutoffs):
+            raise ValueError(f"cutoffs lists {len(self.cutoffs)}: width must be at least {4 ** len(self.cutoffs)} for that many")
         return self
 
 
@@ -118,6 +143,7 @@ class Training(Section):
     steps: Count
     batch: Count
     learning_rate: Positive
+    beta2: Annotated[float, Field(gt=0, lt=1)]
     ramp: Share
     clip: Positive
     validate_every: Count
@@ -155,9 +181,7 @@ class Robustness(Section):
     @field_validator("rates")
     @classmethod
     def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError("must rise from entry to entry")
-        return value
+        return _rising(value)
 
 
 class Report(Section):

@@ -38,7 +38,7 @@ def classifier(params: SimpleNamespace, cell: Cell, vocabulary: int, task: Task)
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
-    """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token of both phases."""
+    """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token."""
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
     chosen = task.splits | {"valid": spaced(task.splits["valid"], params.finetune.validate_passages)}
@@ -64,10 +64,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         "best_step": fitted.best_step,
         "valid": fitted.best,
         "test": _scores(test_PL, examples["test"]),
-        "flops_per_token": {
-            "pretrain": flops_per_token(model.backbone, model.backbone.train_mode, params.model.context),
-            "finetune": flops_per_token(model.backbone, mode, params.model.context, next_token=False),
-        },
+        "flops_per_token": flops_per_token(model.backbone, mode, params.model.context),
     }
     if params.finetune.scratch:
         seed_everything(cell.seed, "scratch")
@@ -90,7 +87,7 @@ def _fit(
     prefix = "" if phase == "finetune" else f"{phase}/"
     return fit(
         model,
-        adam(model.parameters(), settings.learning_rate, settings.weight_decay),
+        adam(model.parameters(), settings.learning_rate, settings.beta2, settings.weight_decay),
         settings,
         objective=classification_objective(
             model, examples["train"], batch=settings.batch, crop=settings.crop, seed=cell.seed, pad=pad, mode=mode

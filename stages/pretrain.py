@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from pipeline.data.batches import open_tokens, segments
+from pipeline.data.batches import open_tokens
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.files import output_folder, write_rows
 from pipeline.models.build import Spec, build
@@ -14,7 +14,7 @@ from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
-from pipeline.training.validation import RoutingTally, bits_per_character
+from pipeline.training.validation import RoutingTally, held_out, score_tokens
 from stages.paths import Cell, Paths
 
 
@@ -24,45 +24,47 @@ def language_model(params: SimpleNamespace, cell: Cell, vocabulary: int) -> Spec
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
-    """Returns metrics: bits per character on valid and test in each mode the method is used in, size, FLOPs, load."""
+    """Returns metrics: bits per character or perplexity on valid and test in each mode of the method, size, FLOPs, load."""
     context, settings = params.model.context, params.pretrain
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
+    unit = tokenizer.unit
     tokens = {split: open_tokens(paths.data / f"{split}.npy", tokenizer.size) for split in ("train", "valid", "test")}
-    valid = segments(tokens["valid"], context, limit=max(1, settings.validate_tokens // context))
     spec = language_model(params, cell, tokenizer.size)
     seed_everything(cell.seed, "pretrain")
     model = build(spec)
     mode = model.train_mode
+    valid, test = held_out(model, tokens["valid"], settings.validate_tokens), held_out(model, tokens["test"])
     fitted = fit(
         model,
-        adam(model.parameters(), settings.learning_rate),
+        adam(model.parameters(), settings.learning_rate, settings.beta2),
         settings,
         objective=language_objective(
-            model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, steps=settings.steps
+            model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit, steps=settings.steps
         ),
-        validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
-        score="bpc",
+        validate=lambda: {unit: score_tokens(model, valid, mode, unit)},
+        score=unit,
         log=log,
         label=f"pretrain {cell.name}",
     )
-    test, tally, scores = segments(tokens["test"], context), RoutingTally(model), {}
-    names = {mode: "bpc"} | ({} if model.infer_mode == mode else {model.infer_mode: f"bpc_{model.infer_mode}"})
-    with Progress(f"test {cell.name}", total=len(names) * len(test), unit="segment") as progress:
+    tally, scores = RoutingTally(model), {}
+    names = {mode: unit} | ({} if model.infer_mode == mode else {model.infer_mode: f"{unit}_{model.infer_mode}"})
+    with Progress(f"test {cell.name}", total=len(names) * test[:, 1:].size, unit="token") as progress:
 
         def watch(hidden: Hidden) -> None:
-            progress.advance(len(hidden.state_BTD))
+            progress.advance(hidden.state_BTD[..., 0].numel())
             if not scores:  # routing is that of the training mode, which comes first
                 tally(hidden)
 
         for scored, name in names.items():
-            scores[name] = bits_per_character(model, test, scored, watch)
+            scores[name] = score_tokens(model, test, scored, unit, watch=watch)
+    sample = tokens["test"][:: max(1, len(tokens["test"]) // context)]
     metrics = {
         "best_step": fitted.best_step,
         "valid": fitted.best,
         "test": scores,
         "routing": tally.summary(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_token": flops_per_token(model, mode, context),
+        "flops_per_token": flops_per_token(model, mode, context, params.model.memory, targets=sample),
     }
     with output_folder(paths.output("pretrain", cell)) as folder:
         checkpoint.save(folder, model, spec)

@@ -60,11 +60,12 @@ def _figures(
             for seed in seeds
         ]
 
-    compressors = {f"{name} (test)": references[name] for name in ("gzip", "bz2", "xz")}
-    figures = {"training": plots.training_curves({m: by_seed(training, m) for m in methods}, compressors)}
+    unit = next(unit for unit in plots.UNITS if f"valid/{unit}" in training[0])
+    compressors = {f"{name} (test)": references[name] for name in ("gzip", "bz2", "xz")} if unit == "bpc" else {}
+    figures = {"training": plots.training_curves({m: by_seed(training, m) for m in methods}, unit, compressors)}
     kinds = [kind for kind in dict.fromkeys(row["kind"] for row in severity) if kind not in ("clean", "shift")]
     titles = {
-        "warmed-up": ("bits per character", "Language model under noise, in the mode of inference"),
+        "warmed-up": ("bits per token", "Language model under noise, in the mode of inference"),
         "classifier": ("accuracy", "Classifier under noise"),
     }
     for model, (ylabel, title) in titles.items():
@@ -148,11 +149,11 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
         "",
         table.markdown(),
         "",
-        "Bits per character: lower is better; compressors see the test split only. VQMoE pre-trains with both paths and is used "
-        "with the discrete path alone; a method with a router has one mode. Lost to noise: mean over all corruptions and "
-        "severities, positive when noise hurts; experts unchanged: share of a classifier's assignments that noise leaves as they "
-        "were (fewer experts per token or an uneven load raise it by chance). A classifier reads the first model.context tokens "
-        "of a passage, TF-IDF all of it. Data of the plots: data/.",
+        "Bits per character or perplexity: lower is better; compressors see the test split only. VQMoE pre-trains with both "
+        "paths and is used with the discrete path alone; a method with a router has one mode. Lost to noise: mean over all "
+        "corruptions and severities, positive when noise hurts; experts unchanged: share of a classifier's assignments that "
+        "noise leaves as they were (fewer experts per token or an uneven load raise it by chance). A classifier reads the first "
+        "model.context tokens of a passage, TF-IDF all of it. Data of the plots: data/.",
         "",
         *(f"![{name}](figures/{name}.png)" for name in figures),
         "",

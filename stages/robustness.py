@@ -27,7 +27,7 @@ from pipeline.moe.layer import Mode
 from pipeline.progress import Progress
 from pipeline.training import checkpoint
 from pipeline.training.loop import Log
-from pipeline.training.validation import RoutingTally, bits_per_character
+from pipeline.training.validation import RoutingTally, score_tokens
 from stages.finetune import classifier
 from stages.paths import Cell, Paths
 from stages.pretrain import language_model
@@ -41,8 +41,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """Writes scores.csv (a row per model, corruption and severity) and load.csv; returns means over the corruptions.
 
     Models: `pretrained` is the language model in its training mode, `warmed-up` the one after warm-up in the mode of
-    inference, `classifier` the fine-tuned one. Degradation is positive when noise hurts, in bits per character or in
-    shares of accuracy.
+    inference, `classifier` the fine-tuned one. Degradation is positive when noise hurts, in bits per token or in shares of
+    accuracy.
     """
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
@@ -107,10 +107,11 @@ def _language(
         )
         progress.advance()
     if (paths.data / "raw.npy").exists():
-        shifted = bits_per_character(model, segments(open_tokens(paths.data / "raw.npy"), context, limit), mode)
+        raw_segments = segments(open_tokens(paths.data / "raw.npy"), context, limit)
+        shifted = bits(language_trace(model, texts(raw_segments[:, :-1], context, pad), raw_segments, mode))
         rows.append(_row("shift", 1.0, shifted, shifted - bits(clean), None))
     tally = RoutingTally(model)
-    bits_per_character(model, clean_segments, mode, watch=tally)
+    score_tokens(model, clean_segments, mode, "bpc", memory=0, watch=tally)
     shares: list[Row] = []
     for what, layers in (("expert", tally.expert_shares()), ("code", tally.code_shares())):
         for layer, share in enumerate(layers):

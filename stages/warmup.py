@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from pipeline.data.batches import segments
 from pipeline.data.corpora import join
 from pipeline.data.tasks import read_task
-from pipeline.data.tokenizers import Tokenizer
+from pipeline.data.tokenizers import Tokenizer, Unit
 from pipeline.files import output_folder, write_rows
 from pipeline.models.transformer import Transformer
 from pipeline.training import checkpoint
@@ -16,30 +15,31 @@ from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
-from pipeline.training.validation import RoutingTally, bits_per_character
+from pipeline.training.validation import RoutingTally, held_out, score_tokens
 from stages.paths import Cell, Paths
 from stages.pretrain import language_model
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
-    """Returns metrics before and after on the domain's validation texts: bits per character, load, codebook measures.
+    """Returns metrics before and after on the domain's validation texts: bits per character or perplexity, load, codebook.
 
     A warm-up that ends no better than it started is undone (`best_step` 0).
     """
-    context, settings = params.model.context, params.warmup
+    settings = params.warmup
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
+    unit = tokenizer.unit
     task = read_task(paths.data / "task.jsonl")
     tokens = {
         split: tokenizer.encode(join([example.text for example in task.splits[split]], params.data.view))
         for split in ("train", "valid")
     }
-    valid = segments(tokens["valid"], context, limit=max(1, settings.validate_tokens // context))
     seed_everything(cell.seed, "warmup")
     spec = language_model(params, cell, tokenizer.size)
     model = checkpoint.load(paths.output("pretrain", cell), spec)
     mode = model.infer_mode
-    before, start = _measure(model, valid), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    _repair(model, segments(tokens["train"], context, limit=max(1, settings.kmeans_tokens // context)))
+    valid = held_out(model, tokens["valid"], settings.validate_tokens)
+    before, start = _measure(model, valid, unit), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _repair(model, held_out(model, tokens["train"], settings.kmeans_tokens))
     # What learns is what the mixture layers use in this mode: assignment and experts, the same for every method.
     model.requires_grad_(False)
     learned = [p for layer in model.moe_layers for p in (*layer.assignment_parameters(), *layer.experts.parameters())]
@@ -47,16 +47,16 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         parameter.requires_grad_(True)
     fitted = fit(
         model,
-        adam(learned, settings.learning_rate),
+        adam(learned, settings.learning_rate, settings.beta2),
         settings,
-        objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode),
-        validate=lambda: {"bpc": bits_per_character(model, valid, mode)},
-        score="bpc",
+        objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit),
+        validate=lambda: {unit: score_tokens(model, valid, mode, unit)},
+        score=unit,
         log=log,
         label=f"warmup {cell.name}",
     )
-    after, best_step = _measure(model, valid), fitted.best_step
-    if after["bpc"] >= before["bpc"]:
+    after, best_step = _measure(model, valid, unit), fitted.best_step
+    if after[unit] >= before[unit]:
         # What does not help is not kept: neither new codes nor training.
         model.load_state_dict(start)
         after, best_step = before, 0
@@ -66,10 +66,10 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     return {"best_step": best_step, "before": before, "after": after}
 
 
-def _measure(model: Transformer, valid: np.ndarray) -> dict[str, float]:
+def _measure(model: Transformer, valid: np.ndarray, unit: Unit) -> dict[str, float]:
     tally = RoutingTally(model)
-    bpc = bits_per_character(model, valid, model.infer_mode, watch=tally)
-    return {"bpc": bpc} | tally.summary()
+    score = score_tokens(model, valid, model.infer_mode, unit, watch=tally)
+    return {unit: score} | tally.summary()
 
 
 def _repair(model: Transformer, texts: np.ndarray) -> None:
@@ -79,6 +79,6 @@ def _repair(model: Transformer, texts: np.ndarray) -> None:
             continue
         states: list[torch.Tensor] = []
         hook = layer.quantizer.register_forward_pre_hook(lambda module, inputs, states=states: states.append(inputs[0]))
-        bits_per_character(model, texts, model.infer_mode)
+        score_tokens(model, texts, model.infer_mode, "bpc")
         hook.remove()
         layer.quantizer.repair(torch.cat(states))

@@ -81,8 +81,7 @@ def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
     assert ("code_utilisation" in warmup["after"]) is (method == "vqmoe")
     finetune = json.loads((workspace / f"results/finetune/{method}-s0.json").read_text())["metrics"]
     assert set(finetune["test"]) == set(finetune["scratch"]) == {"nats", "accuracy", "macro_f1"}
-    flops = finetune["flops_per_token"]
-    assert flops["finetune"] < flops["pretrain"]
+    assert finetune["flops_per_token"] < pretrain["flops_per_token"]
     report = (workspace / "report/report.md").read_text()
     assert f"| measure | {method} | to compare with |" in report
     assert "| test bits per character |" in report
@@ -165,6 +164,24 @@ def test_other_tokenizers_go_through_all_stages(vqmoe, workspace, kind, view):
     assert ("consistency" in robustness["classifier"]) is (kind == "characters")
     assert ("experts unchanged by noise %" in result.output) is (kind == "characters")
     assert "raw text" not in result.output
+
+
+def test_transformer_xl_on_words(vqmoe, workspace, monkeypatch):
+    monkeypatch.setattr("pipeline.data.tokenizers.Tokenizer.unit", "perplexity")
+    keys = ("positions=relative", "memory=24", "evaluate_context=16", "evaluate_memory=40", "norm=post", "cutoffs=[60, 110]")
+    quick = ("grid.methods=[vqmoe]", "finetune.scratch=false", "robustness.kinds=[swap]", "robustness.rates=[0.1]")
+    overrides = [*quick, *(f"model.{key}" for key in keys)]
+    for stage in ("prepare", *GRID_STAGES, "report"):
+        result = vqmoe(stage, overrides=overrides)
+        assert result.exit_code == 0, (stage, result.output)
+    metrics = json.loads((workspace / "results/pretrain/vqmoe-s0.json").read_text())["metrics"]
+    assert set(metrics["test"]) == {"perplexity", "perplexity_discrete"}
+    # With equal probabilities of the 62 entries of the head and the 147 tokens of its widest cluster.
+    assert 1 < metrics["test"]["perplexity"] < 62 * 147
+    report = (workspace / "report/report.md").read_text()
+    assert "| test perplexity |" in report
+    assert "bits per character |" not in report
+    assert (workspace / "report/figures/training.png").stat().st_size > 5000
 
 
 def test_other_seeds_give_other_models(vqmoe, workspace):

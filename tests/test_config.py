@@ -54,7 +54,14 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("grid.methods=vqmoe", ["grid.methods is 'vqmoe'", "a list, such as [a, b]"]),
         ("methods.smoe=2", ["methods.smoe is 2", "a section of keys and values"]),
         ("methods=[smoe]", ["methods is ['smoe']", "a section of keys and values"]),
-        ("model.heads=5", ["model: heads is 5", "must divide width (128)"]),
+        ("model.head_width=5", ["model: head_width is 5", "even for rotary positions"]),
+        ("model.memory=64", ["model: memory is 64", "must be 0 unless positions are relative"]),
+        ("model.evaluate_memory=64", ["model: evaluate_memory is 64", "must be 0 unless positions are relative"]),
+        ("model.evaluate_context=512", ["model: evaluate_context is 512", "at most context (256)"]),
+        ("model.cutoffs=[20, 10]", ["model.cutoffs", "must rise from entry to entry"]),
+        ("model.cutoffs=[0]", ["model.cutoffs.0 is 0", "greater than 0"]),
+        ("model.cutoffs=[1, 2, 3, 4]", ["model: cutoffs lists 4", "width must be at least 256"]),
+        ("pretrain.beta2=1.0", ["pretrain.beta2 is 1.0", "less than 1"]),
         ("model.expert_width=100", ["model: expert_width is 100", "a multiple of 8"]),
         ("model.norm=middle", ["model.norm is 'middle'", "'pre' or 'post'"]),
         ("methods.vqmoe.codes=9", ["methods.vqmoe", "codes is 9", "multiple of model.experts (8)"]),
@@ -109,6 +116,11 @@ def test_files_that_are_no_params(tmp_path, content, part):
         load(path=path)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_relative_positions_allow_memory_and_any_length_of_evaluation():
+    keys = ("positions=relative", "memory=512", "evaluate_memory=896", "evaluate_context=1024")
+    assert load(*(f"model.{key}" for key in keys)).model.evaluate_memory == 896
 
 
 def test_a_missing_params_file(tmp_path):

@@ -1,6 +1,6 @@
 """Token files and batches. A batch is a pure function of (seed, step): the same for every method, and nothing to resume.
 
-Shapes: S segments, B batch, T positions.
+Shapes: S segments, B batch, R rows, T positions.
 """
 
 from collections.abc import Iterable, Sequence
@@ -66,6 +66,30 @@ def token_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: i
     return torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
 
 
+def stream_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int) -> tuple[Tensor, bool]:
+    """The segment (B, at most context + 1) of `step` (from 1) of B streams, and whether it is their first.
+
+    Each stream is a stretch of the text of its own; all walk through theirs side by side and round and round, from a place that
+    the seed decides. As in `segments`, neighbours share a token; a stream's last segment may be shorter than the others.
+    """
+    _check_length(tokens, context)
+    length = _row_length(tokens, batch)
+    count = -(-length // context)
+    place = (int(_generator(seed, 0, stream=3).integers(count)) + step - 1) % count
+    first = place * context
+    return torch.from_numpy(_rows(tokens, batch, first, min(context, length - first))), place == 0
+
+
+def rows(tokens: np.ndarray, count: int, limit: int | None = None) -> np.ndarray:
+    """The text as `count` rows (R, T + 1) to be read in order, each token but the text's first predicted once.
+
+    With `limit`, at most about that many tokens: the start of each row.
+    """
+    _check_length(tokens, 1)
+    length = _row_length(tokens, count)
+    return _rows(tokens, count, 0, length if limit is None else min(length, max(1, limit // count)))
+
+
 def segments(tokens: np.ndarray, context: int, limit: int | None = None) -> np.ndarray:
     """Consecutive segments (S, context + 1) for scoring; neighbours share a token, so each is predicted once.
 
@@ -122,6 +146,17 @@ def padded(ids: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(tokens), torch.tensor([len(sequence) for sequence in ids])
 
 
+def _row_length(tokens: np.ndarray, count: int) -> int:
+    """Tokens that each of `count` rows predicts; the last row may end early."""
+    return -(-(len(tokens) - 1) // count)
+
+
+def _rows(tokens: np.ndarray, count: int, first: int, length: int) -> np.ndarray:
+    """Of each row of the text the tokens from `first` on (R, length + 1), -1 beyond the text's end."""
+    place = first + np.arange(count)[:, None] * _row_length(tokens, count) + np.arange(length + 1)
+    return np.where(place < len(tokens), tokens[np.minimum(place, len(tokens) - 1)].astype(np.int64), -1)
+
+
 def _generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, index))))
 
@@ -129,5 +164,6 @@ def _generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
 def _check_length(tokens: np.ndarray, context: int) -> None:
     if len(tokens) < context + 1:
         raise Failure(
-            f"a split has {len(tokens)} tokens, one segment needs {context + 1}; give it more text or lower model.context"
+            f"a split has {len(tokens)} tokens, one segment needs {context + 1}; give it more text or "
+            "lower model.context and model.evaluate_context"
         )

@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
+# Scores of language models by their keys in metrics.
+UNITS = {"bpc": "bits per character", "perplexity": "perplexity"}
+
 Points = Sequence[Mapping[str, float]]
 
 
@@ -24,19 +27,19 @@ def styles(methods: Sequence[str]) -> dict[str, dict[str, str]]:
     return {m: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, m in enumerate(methods)}
 
 
-def training_curves(histories: Mapping[str, Sequence[Points]], references: Mapping[str, float]) -> Figure:
-    """Validation bits per character against the step; a line per method (mean over seeds), references dashed."""
+def training_curves(histories: Mapping[str, Sequence[Points]], unit: str, references: Mapping[str, float]) -> Figure:
+    """Validation score in `unit` against the step; a line per method (mean over seeds), references dashed."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for method, style in styles(list(histories)).items():
         steps = [row["step"] for row in histories[method][0]]
-        curves = np.array([[row["valid/bpc"] for row in rows] for rows in histories[method]])
+        curves = np.array([[row[f"valid/{unit}"] for row in rows] for rows in histories[method]])
         _band(axes, steps, curves, method, style)
     for name, value in references.items():
         axes.axhline(value, color="0.55", linestyle="--", linewidth=1)
         axes.annotate(
             name, (1, value), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points", color="0.35"
         )
-    axes.set(xlabel="training step", ylabel="validation bits per character", title="Pre-training")
+    axes.set(xlabel="training step", ylabel=f"validation {UNITS[unit]}", title="Pre-training")
     axes.legend(frameon=False)
     return _finish(figure)
 

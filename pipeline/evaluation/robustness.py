@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.corruption import corrupt, rng_for
@@ -79,9 +78,7 @@ def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode:
     scores, index = [], []
     for rows in torch.arange(len(segments)).split(BATCH):
         hidden = model(given.tokens_ST[rows], mode)
-        nats = F.cross_entropy(
-            model.logits(hidden.state_BTD).flatten(0, 1), target_ST[rows].flatten(), ignore_index=-1, reduction="none"
-        ).view(len(rows), -1)
+        nats = model.nats(hidden.state_BTD, target_ST[rows])
         scores.append(nats.masked_fill(target_ST[rows] < 0, math.nan))
         index.append(_experts(hidden, torch.ones_like(given.tokens_ST[rows], dtype=torch.bool)))
     return Trace(torch.cat(scores), [torch.cat(parts) for parts in zip(*index, strict=True)])
@@ -100,12 +97,12 @@ def classifier_trace(model: Classifier, given: Texts, mode: Mode) -> Trace:
 
 
 def bits(trace: Trace) -> float:
-    """Mean bits per character over scored positions."""
-    return _finite(trace.scores.nanmean().item() / math.log(2), "bits per character")
+    """Mean bits per token over scored positions."""
+    return _finite(trace.scores.nanmean().item() / math.log(2), "bits per token")
 
 
 def bits_degradation(clean: Trace, noisy: Trace, source_ST: Tensor) -> float:
-    """Bits per character lost, over the positions both runs score: each noisy one against its own clean position."""
+    """Bits per token lost, over the positions both runs score: each noisy one against its own clean position."""
     before = clean.scores.gather(1, source_ST.clamp(min=0))
     return _finite((noisy.scores - before).nanmean().item() / math.log(2), "degradation")
 

@@ -59,8 +59,12 @@ def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], r
     measures: list[tuple[str, str, tuple[str, ...], int, float, str]] = [
         ("test bits per character", "pretrain", ("test", "bpc"), 3, 1, compressors),
         ("- discrete path alone", "pretrain", ("test", "bpc_discrete"), 3, 1, ""),
+        ("test perplexity", "pretrain", ("test", "perplexity"), 2, 1, ""),
+        ("- discrete path alone", "pretrain", ("test", "perplexity_discrete"), 2, 1, ""),
         ("valid bits per character of the task, before warm-up", "warmup", ("before", "bpc"), 3, 1, "mode of inference"),
         ("- after warm-up", "warmup", ("after", "bpc"), 3, 1, "mode of inference"),
+        ("valid perplexity of the task, before warm-up", "warmup", ("before", "perplexity"), 2, 1, "mode of inference"),
+        ("- after warm-up", "warmup", ("after", "perplexity"), 2, 1, "mode of inference"),
         ("codebook utilisation %", "warmup", ("after", "code_utilisation"), 0, 100, ""),
         ("codebook perplexity", "warmup", ("after", "code_perplexity"), 2, 1, ""),
         ("quantization error, before warm-up", "warmup", ("before", "code_error"), 3, 1, "squared, per element"),
@@ -76,14 +80,14 @@ def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], r
             f"majority {100 * tfidf['majority']:.1f}",
         ),
         ("- macro-F1 without pre-training %", "finetune", ("scratch", "macro_f1"), 1, 100, ""),
-        ("bits per character lost to noise", "robustness", ("warmed-up", "degradation"), 3, 1, "mode of inference"),
-        ("bits per character lost on raw text", "robustness", ("warmed-up", "shift"), 3, 1, "mode of inference"),
+        ("bits per token lost to noise", "robustness", ("warmed-up", "degradation"), 3, 1, "mode of inference"),
+        ("bits per token lost on raw text", "robustness", ("warmed-up", "shift"), 3, 1, "mode of inference"),
         ("accuracy points lost to noise", "robustness", ("classifier", "degradation"), 1, 100, ""),
         ("experts unchanged by noise %", "robustness", ("classifier", "consistency"), 1, 100, ""),
         ("accuracy points lost on raw text", "robustness", ("classifier", "shift"), 1, 100, ""),
         ("parameters, million", "pretrain", ("parameters",), 2, 1e-6, ""),
-        ("MFLOPs per token, pre-training", "finetune", ("flops_per_token", "pretrain"), 2, 1e-6, "forward pass"),
-        ("MFLOPs per token, fine-tuning", "finetune", ("flops_per_token", "finetune"), 2, 1e-6, "forward pass"),
+        ("MFLOPs per token, pre-training", "pretrain", ("flops_per_token",), 2, 1e-6, "forward pass"),
+        ("MFLOPs per token, fine-tuning", "finetune", ("flops_per_token",), 2, 1e-6, "forward pass"),
     ]
     rows = []
     for measure, stage, keys, digits, scale, note in measures:

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 from torch import nn
 
 from pipeline.config import Model
+from pipeline.errors import UsageError
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
 from pipeline.moe.layer import SETTINGS
@@ -44,7 +45,13 @@ class Spec(BaseModel):
 
 
 def build(spec: Spec) -> nn.Module:
-    """A language model or a classifier with fresh weights from torch's generator."""
+    """A language model or a classifier with fresh weights from torch's generator.
+
+    Raises UsageError if the vocabulary, which params alone do not know, is too small for model.cutoffs.
+    """
+    cutoffs = spec.model.cutoffs
+    if cutoffs and cutoffs[-1] >= spec.vocabulary:
+        raise UsageError(f"model.cutoffs ends with {cutoffs[-1]}: must lie below the vocabulary of {spec.vocabulary} tokens")
     backbone = Transformer(spec.model, spec.method, spec.settings, spec.vocabulary)
     if spec.kind == "language-model":
         return backbone

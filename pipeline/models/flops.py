@@ -1,7 +1,9 @@
 """Floating-point operations of a forward pass, counted by torch's flop counter (a multiply-add is two)."""
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.models.transformer import Transformer
@@ -26,17 +28,34 @@ _FORMULAS = {
 
 
 @torch.no_grad()
-def flops_per_token(model: Transformer, mode: Mode, length: int, next_token: bool = True) -> float:
-    """Active FLOPs per token of one sequence of `length` tokens, to next-token scores or only to the last hidden states.
+def flops_per_token(
+    model: Transformer, mode: Mode, length: int, memory: int = 0, targets: Sequence[int] | np.ndarray | None = None
+) -> float:
+    """Active FLOPs per token of a sequence of `length` tokens, after `memory` remembered ones, to the last hidden states.
 
-    Counts matrix products and attention (what torch counts), the quantizer's distances and the router included.
+    Counts matrix products and attention (what torch counts), the quantizer's distances and the router included, but not
+    what is the same for all sequences of a batch: projections of relative positions, a router made by a hypernetwork.
+    With `targets` also their scores, as the mean over these ids: in an adaptive softmax a rare token costs more than a
+    frequent one, so they should be a sample of real text.
     """
-    tokens_BT: Tensor = torch.zeros(1, length, dtype=torch.long)
     was_training = model.training
     model.eval()
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        state_BTD = model(tokens_BT, mode).state_BTD
-        if next_token:
-            model.logits(state_BTD)
+    width = model.embedding.embedding_dim
+
+    def states(sequences: int) -> int:
+        past = [torch.zeros(sequences, memory, width) for _ in model.blocks] if memory else None
+        tokens_BT = torch.zeros(sequences, length, dtype=torch.long)
+        return _count(lambda: model(tokens_BT, mode, memory=past))
+
+    total = (states(2) - states(1)) / length
+    if targets is not None:
+        target_N = torch.as_tensor(np.asarray(targets, dtype=np.int64))
+        total += _count(lambda: model.nats(torch.zeros(len(target_N), width), target_N)) / len(target_N)
     model.train(was_training)
-    return counter.get_total_flops() / length
+    return total
+
+
+def _count(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        run()
+    return counter.get_total_flops()

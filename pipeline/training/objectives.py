@@ -1,32 +1,39 @@
 """What a training step minimises: a batch as a function of (seed, step), its loss and the loss's parts."""
 
-import math
-
 import numpy as np
 import torch.nn.functional as F
 
-from pipeline.data.batches import Examples, example_batch, padded, token_batch
+from pipeline.data.batches import Examples, example_batch, padded, stream_batch, token_batch
+from pipeline.data.tokenizers import Unit
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
 from pipeline.moe.layer import Mode
 from pipeline.training.loop import Objective
-from pipeline.training.validation import nats
+from pipeline.training.validation import nats, score
 
 
 def language_objective(
-    model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode, steps: int | None = None
+    model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode, unit: Unit, steps: int | None = None
 ) -> Objective:
-    """Next-token cross-entropy plus the layers' auxiliary losses, on random segments of the model's context length.
+    """Next-token cross-entropy plus the layers' auxiliary losses, on segments of the model's context length.
 
+    They are random ones; for a model with memory those of contiguous streams, whose memory ends where they begin anew.
     `steps` is the length of a pre-training, over which routers follow their schedules; without it they follow none.
     """
+    memory = None
 
     def objective(step: int):
+        nonlocal memory
         if steps is not None:
             model.begin_step((step - 1) / steps)
-        segment_BT = token_batch(tokens, batch, model.context, seed, step)
-        loss, hidden = nats(model, segment_BT[:, :-1], segment_BT[:, 1:], mode)
-        return loss + hidden.auxiliary(), {"bpc": loss / math.log(2)} | hidden.losses()
+        if model.memory:
+            segment_BT, first = stream_batch(tokens, batch, model.context, seed, step)
+            memory = None if first else memory
+        else:
+            segment_BT = token_batch(tokens, batch, model.context, seed, step)
+        loss, hidden = nats(model, segment_BT, mode, memory)
+        memory = hidden.memory(model.memory)
+        return loss + hidden.auxiliary(), {unit: score(loss, unit)} | hidden.losses()
 
     return objective
 

@@ -9,14 +9,16 @@ from torch import nn
 from pipeline.config import Training
 
 
-def adam(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+def adam(
+    parameters: Iterable[nn.Parameter], learning_rate: float, beta2: float = 0.98, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay on matrices only (vectors are biases and norms)."""
     learned = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in learned if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate(training: Training, step: int) -> float:

@@ -1,6 +1,6 @@
 """Scores of a model on held-out data, without gradients.
 
-Shapes: S segments, B batch, T positions, P passages, L labels.
+Shapes: S rows or segments, B batch, T positions, P passages, L labels.
 """
 
 import math
@@ -8,37 +8,66 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.batches import padded
+from pipeline.data.batches import padded, rows, segments
+from pipeline.data.tokenizers import Unit
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Hidden, Transformer
 from pipeline.moe import stats
 from pipeline.moe.layer import Mode
 
 BATCH = 32
+ROWS = 8  # of a text that is read in order
 
 Watch = Callable[[Hidden], None]
 
 
-def nats(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor, mode: Mode) -> tuple[Tensor, Hidden]:
-    """Mean cross-entropy in nats over targets that are not negative, and the hidden states it came from."""
-    hidden = model(tokens_BT, mode)
-    return F.cross_entropy(model.logits(hidden.state_BTD).flatten(0, 1), targets_BT.flatten(), ignore_index=-1), hidden
+def score(nats: Tensor, unit: Unit) -> Tensor:
+    """Mean nats per token as bits per character (of tokens that are characters) or as perplexity."""
+    return nats / math.log(2) if unit == "bpc" else nats.exp()
+
+
+def nats(model: Transformer, rows_BT: Tensor, mode: Mode, memory: list[Tensor] | None = None) -> tuple[Tensor, Hidden]:
+    """Mean nats of the next tokens in rows (B, T + 1), and the hidden states it came from; -1 stands where a row has ended."""
+    target_BT = rows_BT[:, 1:]
+    valid_BT = target_BT >= 0
+    hidden = model(rows_BT[:, :-1].clamp(min=0), mode, None if valid_BT.all() else valid_BT, memory)
+    return model.nats(hidden.state_BTD, target_BT).sum() / valid_BT.sum(), hidden
+
+
+def held_out(model: Transformer, tokens: np.ndarray, limit: int | None = None) -> np.ndarray:
+    """The text to score, or about `limit` tokens of it: long rows if the model remembers at evaluation, else segments."""
+    if model.evaluate_memory:
+        return rows(tokens, ROWS, limit)
+    return segments(tokens, model.evaluate_context, None if limit is None else max(1, limit // model.evaluate_context))
 
 
 @torch.no_grad()
-def bits_per_character(model: Transformer, segments: np.ndarray, mode: Mode, watch: Watch | None = None) -> float:
-    """Mean bits per token of segments (S, T + 1); with byte or character tokens that is bits per character."""
-    total = 0.0
-    for start in range(0, len(segments), BATCH):
-        batch = torch.from_numpy(segments[start : start + BATCH].astype(np.int64))
-        loss, hidden = nats(model, batch[:, :-1], batch[:, 1:], mode)
-        total += loss.item() * len(batch)
-        if watch is not None:
-            watch(hidden)
-    return total / len(segments) / math.log(2)
+def score_tokens(
+    model: Transformer, rows_ST: np.ndarray, mode: Mode, unit: Unit, *, memory: int | None = None, watch: Watch | None = None
+) -> float:
+    """Score of all next tokens in rows (S, T + 1), in `unit`.
+
+    The model remembers `memory` tokens, its `evaluate_memory` where nothing is said. If it remembers any, each row is read in
+    order, `evaluate_context` tokens at a time, else a row is one segment.
+    """
+    memory = model.evaluate_memory if memory is None else memory
+    total, count = 0.0, 0
+    length = rows_ST.shape[1] - 1
+    step = model.evaluate_context if memory else length
+    for start in range(0, len(rows_ST), BATCH):
+        batch_BT = torch.from_numpy(rows_ST[start : start + BATCH].astype(np.int64))
+        past = None
+        for first in range(0, length, step):
+            segment_BT = batch_BT[:, first : first + step + 1]
+            mean, hidden = nats(model, segment_BT, mode, past)
+            past = hidden.memory(memory)
+            predicted = int((segment_BT[:, 1:] >= 0).sum())
+            total, count = total + mean.item() * predicted, count + predicted
+            if watch is not None:
+                watch(hidden)
+    return score(torch.tensor(total / count, dtype=torch.float64), unit).item()
 
 
 @torch.no_grad()

@@ -1,3 +1,6 @@
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,10 @@ from pipeline.data.batches import (
     example_batch,
     open_tokens,
     padded,
+    rows,
     segments,
     spaced,
+    stream_batch,
     token_batch,
     write_tokens,
 )
@@ -71,6 +76,46 @@ def test_a_batch_depends_on_seed_and_step_only():
 def test_every_start_can_be_drawn():
     starts = {int(row[0]) for step in range(40) for row in token_batch(np.arange(20, dtype=np.uint16), 16, 10, 0, step)}
     assert starts == set(range(10))
+
+
+@pytest.mark.parametrize(("size", "batch", "context"), [(97, 4, 8), (98, 4, 8), (24, 7, 9), (40, 1, 8)])
+def test_streams_predict_every_token_but_the_first_once_per_epoch(size, batch, context):
+    tokens = np.arange(size, dtype=np.uint16)
+    count = math.ceil(math.ceil((size - 1) / batch) / context)
+    walk = [stream_batch(tokens, batch, context, seed=3, step=step) for step in range(1, 1 + 2 * count)]
+    for epoch in (walk[:count], walk[count:]):
+        targets = torch.cat([segment_BT[:, 1:].flatten() for segment_BT, _ in epoch])
+        assert sorted(targets[targets >= 0].tolist()) == list(range(1, size))
+        assert sum(first for _, first in epoch) == 1
+    for (before_BT, _), (after_BT, first) in pairwise(walk):
+        if first:
+            # Round to the start of every stream: the text's, and where the stream before ends.
+            assert after_BT[:, 0].tolist() == [0, *before_BT[:-1, -1].tolist()]
+        else:
+            assert torch.equal(before_BT[:, -1], after_BT[:, 0])
+        run = (after_BT[:, 1:] >= 0) & (after_BT[:, :-1] >= 0)
+        assert ((after_BT[:, 1:] - after_BT[:, :-1])[run] == 1).all()
+
+
+def test_a_stream_depends_on_seed_and_step_only():
+    tokens = np.arange(1000, dtype=np.uint16)
+    one, first = stream_batch(tokens, 2, 10, seed=0, step=7)
+    again, _ = stream_batch(tokens, 2, 10, seed=0, step=7)
+    assert torch.equal(one, again)
+    assert not first
+    starts = {int(stream_batch(tokens, 2, 10, seed, step=1)[0][0, 0]) for seed in range(8)}
+    assert len(starts) > 4
+    with pytest.raises(Failure, match="a split has 20 tokens, one segment needs 21"):
+        stream_batch(tokens[:20], 2, 20, 0, 1)
+
+
+def test_rows_predict_every_token_but_the_first_once():
+    whole = rows(np.arange(18, dtype=np.uint16), 4)
+    assert whole.tolist() == [list(range(0, 6)), list(range(5, 11)), list(range(10, 16)), [15, 16, 17, -1, -1, -1]]
+    assert rows(np.arange(18), 4, limit=8).tolist() == [[0, 1, 2], [5, 6, 7], [10, 11, 12], [15, 16, 17]]
+    assert rows(np.arange(18), 4, limit=1000).tolist() == whole.tolist()
+    with pytest.raises(Failure, match="a split has 1 tokens, one segment needs 2"):
+        rows(np.arange(1), 4)
 
 
 def test_segments_predict_every_token_but_the_first_once():

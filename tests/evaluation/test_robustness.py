@@ -19,7 +19,7 @@ from pipeline.evaluation.robustness import (
     texts,
 )
 from pipeline.models.build import build
-from pipeline.training.validation import bits_per_character
+from pipeline.training.validation import score_tokens
 
 SEGMENTS = np.stack([np.frombuffer(b"the cat sat on a mat and the dog", dtype=np.uint8).astype(np.uint16)] * 3)
 LENGTH = SEGMENTS.shape[1] - 1
@@ -37,7 +37,7 @@ def model(tiny_spec, seeded):
 def test_clean_text_scores_as_in_validation(model):
     given = texts(SEGMENTS[:, :-1], LENGTH, 256)
     assert bits(language_trace(model, given, SEGMENTS, "router")) == pytest.approx(
-        bits_per_character(model, SEGMENTS, "router"), rel=1e-5
+        score_tokens(model, SEGMENTS, "router", "bpc"), rel=1e-5
     )
 
 
@@ -46,7 +46,8 @@ def test_every_scored_symbol_is_judged_on_its_true_successor(model, kind):
     given = texts(SEGMENTS[:, :-1], LENGTH, 256, noise(kind))
     trace = language_trace(model, given, SEGMENTS, "router")
     for row in range(len(SEGMENTS)):
-        logits = model.logits(model(given.tokens_ST[row : row + 1], "router").state_BTD)[0].log_softmax(-1)
+        state_TD = model(given.tokens_ST[row : row + 1], "router").state_BTD[0]
+        logits = (state_TD @ model.embedding.weight.T).log_softmax(-1)
         for position in range(LENGTH):
             source = int(given.source_ST[row, position])
             if source < 0:
@@ -119,6 +120,6 @@ def test_padding_takes_no_part_in_consistency(tiny_spec, seeded):
 
 
 def test_nan_is_an_error_not_a_score():
-    with pytest.raises(Failure, match="bits per character is nan"):
+    with pytest.raises(Failure, match="bits per token is nan"):
         bits(Trace(torch.full((2, 2), math.nan), []))
     assert accuracy(Trace(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), []), torch.tensor([1, 1])) == 0.5

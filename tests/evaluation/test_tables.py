@@ -5,12 +5,9 @@ REFERENCES = {"bits_per_character": {"bz2": 1.863}, "tfidf": {"accuracy": 0.79, 
 
 def cell(bpc, accuracy, **more):
     return {
-        "pretrain": {"test": {"bpc": bpc} | more, "parameters": 2_000_000},
+        "pretrain": {"test": {"bpc": bpc} | more, "parameters": 2_000_000, "flops_per_token": 2e6},
         "warmup": {"before": {"bpc": 2.0}, "after": {"bpc": 1.9}},
-        "finetune": {
-            "test": {"accuracy": accuracy, "macro_f1": 0.5},
-            "flops_per_token": {"pretrain": 2e6, "finetune": 1e6},
-        },
+        "finetune": {"test": {"accuracy": accuracy, "macro_f1": 0.5}, "flops_per_token": 1e6},
         "robustness": {
             "warmed-up": {"degradation": 0.5},
             "classifier": {"degradation": 0.1, "consistency": 0.9},
@@ -41,5 +38,20 @@ def test_a_row_per_measure_a_column_per_method_and_blanks_where_a_measure_does_n
     # No entry has these.
     assert "codebook utilisation %" not in rows
     assert "- accuracy without pre-training %" not in rows
+    assert "test perplexity" not in rows
     assert all(len(row) == len(table.heads) for row in table.rows)
     assert table.markdown().count("\n") == len(table.rows) + 3
+
+
+def test_rows_are_those_of_the_unit_there_is():
+    words = cell(0, 0.5)
+    words["pretrain"]["test"] = {"perplexity": 31.236, "perplexity_discrete": 40.0}
+    words["warmup"] = {"before": {"perplexity": 50.0}, "after": {"perplexity": 45.0}}
+    rows = comparison({"vqmoe": by_stage(words)}, REFERENCES).rows
+    assert [row[:2] for row in rows[:4]] == [
+        ("test perplexity", "31.24"),
+        ("- discrete path alone", "40.00"),
+        ("valid perplexity of the task, before warm-up", "50.00"),
+        ("- after warm-up", "45.00"),
+    ]
+    assert not any("per character" in row[0] for row in rows)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pipeline.models.build import build
 from pipeline.moe.layer import SETTINGS
@@ -23,7 +22,7 @@ def test_trains_a_step_saves_loads_and_sees_no_future(tiny_params, tiny_spec, tm
     model.begin_step(0.5)
     tokens_BT = torch.randint(257, (2, 20))
     hidden = model(tokens_BT, model.train_mode)
-    loss = F.cross_entropy(model.logits(hidden.state_BTD).flatten(0, 1), tokens_BT.flatten()) + hidden.auxiliary()
+    loss = model.nats(hidden.state_BTD, tokens_BT).mean() + hidden.auxiliary()
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
@@ -86,5 +85,6 @@ def test_the_released_layer_shares_its_normalisation_with_the_block(tiny_params,
     assert not [name for name in model.state_dict() if "moe_norm" in name]
     with torch.no_grad():
         block.moe.norm.bias.fill_(3.0)
-    x_BTD, _ = block(torch.randn(2, 9, 16), torch.randint(257, (2, 9)), "discrete", None)
+    x_BTD = torch.randn(2, 9, 16)
+    x_BTD, _ = block(x_BTD, x_BTD, model.rotary, torch.randint(257, (2, 9)), "discrete", None)
     torch.testing.assert_close(x_BTD.mean(-1), torch.full((2, 9), 3.0))

@@ -32,6 +32,18 @@ def test_round_trip_gives_identical_scores_and_identical_bytes(saved, spec, tmp_
         assert (folder / name).read_bytes() == (again / name).read_bytes()
 
 
+def test_a_language_model_with_memory_and_adaptive_scores_round_trips(tmp_path, tiny_spec, tiny_params, seeded):
+    section = tiny_params("model.positions=relative", "model.memory=8", "model.cutoffs=[10, 30]").model
+    spec = tiny_spec("smoe", model=section, vocabulary=50)
+    model = build(spec).eval()
+    checkpoint.save(tmp_path, model, spec)
+    loaded, tokens_BT = checkpoint.load(tmp_path, spec), torch.randint(50, (2, 9))
+    one, other = (made.nats(made(tokens_BT[:, :-1], "router").state_BTD, tokens_BT[:, 1:]) for made in (model, loaded))
+    assert torch.equal(one, other)
+    with pytest.raises(Failure, match=r"model\.cutoffs is \[10, 30\] there and \[10\] in params"):
+        checkpoint.load(tmp_path, tiny_spec("smoe", model=section.model_copy(update={"cutoffs": (10,)}), vocabulary=50))
+
+
 def test_another_configuration_names_the_key(saved, spec):
     folder, _ = saved
     other = spec.model_copy(update={"model": spec.model.model_copy(update={"width": 32})})

@@ -12,7 +12,15 @@ from pipeline.training.seeding import seed_everything
 
 
 def training(**changes):
-    values = {"steps": 20, "batch": 1, "learning_rate": 0.1, "ramp": 0.1, "clip": 1.0, "validate_every": 5}
+    values = {
+        "steps": 20,
+        "batch": 1,
+        "learning_rate": 0.1,
+        "beta2": 0.98,
+        "ramp": 0.1,
+        "clip": 1.0,
+        "validate_every": 5,
+    }
     return Training(**(values | changes))
 
 
@@ -75,8 +83,9 @@ def test_schedule_rises_then_falls_to_zero():
 
 
 def test_weight_decay_spares_vectors():
-    groups = adam(nn.Linear(3, 2).parameters(), 0.1, weight_decay=0.5).param_groups
+    groups = adam(nn.Linear(3, 2).parameters(), 0.1, beta2=0.7, weight_decay=0.5).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 1)]
+    assert {group["betas"] for group in groups} == {(0.9, 0.7)}
 
 
 def test_seeds_repeat_and_purposes_differ():
