@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.moe.dispatch import apply_experts
 from pipeline.moe.experts import Experts
-from pipeline.moe.quantizer import VectorQuantizer
+from pipeline.moe.quantizers import QUANTIZERS
+from pipeline.moe.quantizers.base import Quantized
 from pipeline.moe.routers import ROUTERS
 from pipeline.moe.routers.base import Loss, Settings
 from pipeline.moe.routers.smoe import SMoE
@@ -20,12 +21,16 @@ Mode = Literal["both", "router", "discrete"]
 
 
 class LayerOutput(NamedTuple):
-    """Result y (N, D), auxiliary losses, the experts each token went to (N, K) and, where there is one, its code (N,)."""
+    """Result y (N, D), auxiliary losses, the experts each token went to (N, K).
+
+    With a quantizer also each token's code (N,) and the quantization error: squared, mean over elements.
+    """
 
     y_ND: Tensor
     losses: dict[str, Loss]
     index_NK: Tensor
     code_N: Tensor | None
+    code_error: Tensor | None = None
 
 
 class SparseMoE(nn.Module):
@@ -63,7 +68,9 @@ class VQMoE(nn.Module):
     class Settings(Settings):
         top_k: Annotated[int, Field(gt=0)]
         balance: Annotated[float, Field(ge=0)]
+        quantizer: Literal[*QUANTIZERS]
         codes: Annotated[int, Field(gt=0)]
+        code_width: Annotated[int, Field(gt=0)]
         input: Literal["code", "blend", "residual"]
         blend: Annotated[float, Field(ge=0, le=1)]
         combine: Literal["gate", "sum"]
@@ -76,13 +83,15 @@ class VQMoE(nn.Module):
             super().check(experts)
             if self.codes % experts:
                 raise ValueError(f"codes is {self.codes}: must be a multiple of model.experts ({experts})")
+            if self.quantizer == "fsq" and self.codes == 1:
+                raise ValueError("codes is 1: at least 2 with quantizer fsq")
 
     def __init__(self, settings: Settings, width: int, experts: Experts) -> None:
         super().__init__()
         self.settings, self.experts = settings, experts
         self.router = SMoE(SMoE.Settings(top_k=settings.top_k, balance=settings.balance), width, experts.count)
-        self.quantizer = VectorQuantizer(settings.codes, width, settings.dead_share)
-        if settings.input == "residual":
+        self.quantizer = QUANTIZERS[settings.quantizer](settings, width)
+        if settings.input == "residual" and not self.quantizer.embeds:
             self.code_embedding_CD = nn.Parameter(torch.zeros(settings.codes, width))
         if settings.combine == "gate":
             self.gate = nn.Linear(width, 2)
@@ -93,44 +102,48 @@ class VQMoE(nn.Module):
         if mode == "both" and self.training and torch.rand(()) < self.settings.drop_routed:
             mode = "discrete"
         quantized = self.quantizer(x_ND)
-        losses = {
-            "codebook": Loss(quantized.codebook_loss, self.settings.beta),
-            "commitment": Loss(quantized.commitment_loss, self.settings.beta * self.settings.commitment),
-        }
+        weights = {"codebook": self.settings.beta, "commitment": self.settings.beta * self.settings.commitment}
+        losses = {name: Loss(value, weights[name]) for name, value in quantized.losses.items()}
         expert_N1 = (quantized.code_N % self.experts.count)[:, None]
-        discrete_ND = self._discrete_input(x_ND, quantized.code_N, quantized.value_ND)
+        discrete_ND = self._discrete_input(x_ND, quantized)
         if mode == "discrete":
-            y_ND = apply_experts(self.experts, discrete_ND, expert_N1).squeeze(1)
-            return LayerOutput(y_ND, losses, expert_N1, quantized.code_N)
+            y_ND = _weighted(apply_experts(self.experts, discrete_ND, expert_N1).squeeze(1), quantized)
+            return LayerOutput(y_ND, losses, expert_N1, quantized.code_N, quantized.error)
         routing = self.router(x_ND)
         index_NK = torch.cat([routing.index_NK, expert_N1], 1)
         x_NKD = torch.cat([x_ND[:, None].expand(-1, self.settings.top_k, -1), discrete_ND[:, None]], 1)
         y_NKD = apply_experts(self.experts, x_NKD, index_NK)
         routed_ND = (routing.weight_NK[..., None] * y_NKD[:, :-1]).sum(1)
-        y_ND = self._combine(x_ND, routed_ND, y_NKD[:, -1])
-        return LayerOutput(y_ND, routing.losses | losses, index_NK, quantized.code_N)
+        y_ND = self._combine(x_ND, routed_ND, _weighted(y_NKD[:, -1], quantized))
+        return LayerOutput(y_ND, routing.losses | losses, index_NK, quantized.code_N, quantized.error)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
-        """What decides the assignment at inference: the codebook, and the embedding that tells an expert the code."""
-        embedding = [self.code_embedding_CD] if self.settings.input == "residual" else []
-        return [self.quantizer.codebook_CD, *embedding]
+        """What decides the assignment at inference: the quantizer, and the embedding that tells an expert the code."""
+        embedding = [self.code_embedding_CD] if hasattr(self, "code_embedding_CD") else []
+        return [*self.quantizer.parameters(), *embedding]
 
     def freeze_assignment(self) -> None:
-        """Fine-tuning and inference keep the codebook as it is."""
+        """Fine-tuning and inference keep the codes as they are."""
         self.quantizer.freeze()
 
-    def _discrete_input(self, x_ND: Tensor, code_N: Tensor, value_ND: Tensor) -> Tensor:
+    def _discrete_input(self, x_ND: Tensor, quantized: Quantized) -> Tensor:
         if self.settings.input == "code":
-            return x_ND + (value_ND - x_ND).detach()
+            return x_ND + (quantized.value_ND - x_ND).detach()
         if self.settings.input == "blend":
-            return (1 - self.settings.blend) * x_ND + self.settings.blend * (value_ND - x_ND).detach()
-        return x_ND + nn.functional.embedding(code_N, self.code_embedding_CD)
+            return (1 - self.settings.blend) * x_ND + self.settings.blend * (quantized.value_ND - x_ND).detach()
+        if quantized.embedding_ND is not None:
+            return x_ND + quantized.embedding_ND
+        return x_ND + nn.functional.embedding(quantized.code_N, self.code_embedding_CD)
 
     def _combine(self, x_ND: Tensor, routed_ND: Tensor, discrete_ND: Tensor) -> Tensor:
         if self.settings.combine == "sum":
             return routed_ND + discrete_ND
         gate_N2 = self.gate(x_ND).softmax(-1)
         return gate_N2[:, :1] * routed_ND + gate_N2[:, 1:] * discrete_ND
+
+
+def _weighted(discrete_ND: Tensor, quantized: Quantized) -> Tensor:
+    return discrete_ND if quantized.weight_N1 is None else discrete_ND * quantized.weight_N1
 
 
 def _routed(router: nn.Module, experts: Experts, x_ND: Tensor) -> LayerOutput:

@@ -12,7 +12,9 @@ from tests.moe import reference
 VQ = {
     "top_k": 1,
     "balance": 0.01,
+    "quantizer": "nearest",
     "codes": 8,
+    "code_width": 3,
     "input": "residual",
     "blend": 0.05,
     "combine": "sum",
