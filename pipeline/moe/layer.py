@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from pipeline.moe.dispatch import apply_experts, combine
 from pipeline.moe.experts import Experts, FeedForward
-from pipeline.moe.quantizer import VectorQuantizer
+from pipeline.moe.losses import balance_loss
+from pipeline.moe.quantizers import QUANTIZERS
+from pipeline.moe.quantizers.base import Quantized
 from pipeline.moe.released import VQMoEReleased
 from pipeline.moe.routers import ROUTERS
-from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Settings, Sizes
+from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Routing, Settings, Sizes
 from pipeline.moe.routers.smoe import SMoE
 
 
@@ -71,6 +73,10 @@ class VQMoE(nn.Module):
 
     `both` runs the two paths side by side through one grouped product, `discrete` only the code's expert (no router,
     no gate), `router` only the routed path.
+
+    With `combine: distances` the codebook decides for both paths: the discrete one takes the expert of the nearest code, the
+    routed one the experts that are next in distance, and their outputs are weighted by a softmax over those distances. Then there
+    is no router, and no mode `router`.
     """
 
     train_mode: Mode = "both"
@@ -79,10 +85,12 @@ class VQMoE(nn.Module):
     class Settings(Settings):
         top_k: Annotated[int, Field(gt=0)]
         balance: Annotated[float, Field(ge=0)]
+        quantizer: Literal[*QUANTIZERS]
         codes: Annotated[int, Field(gt=0)]
+        code_width: Annotated[int, Field(gt=0)]
         input: Literal["code", "blend", "residual"]
         blend: Annotated[float, Field(ge=0, le=1)]
-        combine: Literal["gate", "sum"]
+        combine: Literal["distances", "gate", "sum"]
         drop_routed: Annotated[float, Field(ge=0, lt=1)]
         beta: Annotated[float, Field(ge=0)]
         commitment: Annotated[float, Field(ge=0)]
@@ -92,18 +100,24 @@ class VQMoE(nn.Module):
             super().check(experts)
             if self.codes % experts:
                 raise ValueError(f"codes is {self.codes}: must be a multiple of model.experts ({experts})")
+            if self.quantizer == "fsq" and self.codes == 1:
+                raise ValueError("codes is 1: at least 2 with quantizer fsq")
+            if self.combine == "distances" and self.quantizer != "task":
+                raise ValueError(f"quantizer is {self.quantizer}: must be task with combine distances")
+            if self.combine == "distances" and self.top_k >= experts:
+                raise ValueError(f"top_k is {self.top_k}: under model.experts ({experts}) with combine distances")
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__()
-        width = sizes.width
         self.settings = settings
-        self.experts = Experts(sizes.experts, width, sizes.hidden, sizes.dropout)
-        self.router = SMoE(SMoE.Settings(top_k=settings.top_k, balance=settings.balance), sizes)
-        self.quantizer = VectorQuantizer(settings.codes, width, settings.dead_share)
-        if settings.input == "residual":
-            self.code_embedding_CD = nn.Parameter(torch.zeros(settings.codes, width))
+        self.experts = Experts(sizes.experts, sizes.width, sizes.hidden, sizes.dropout)
+        if settings.combine != "distances":
+            self.router = SMoE(SMoE.Settings(top_k=settings.top_k, balance=settings.balance), sizes)
+        self.quantizer = QUANTIZERS[settings.quantizer](settings, sizes.width)
+        if settings.input == "residual" and not self.quantizer.embeds:
+            self.code_embedding_CD = nn.Parameter(torch.zeros(settings.codes, sizes.width))
         if settings.combine == "gate":
-            self.gate = nn.Linear(width, 2)
+            self.gate = nn.Linear(sizes.width, 2)
 
     def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
         if mode == "router":
@@ -113,43 +127,63 @@ class VQMoE(nn.Module):
         if mode == "both" and self.training and torch.rand(()) < self.settings.drop_routed:
             mode = "discrete"
         quantized = self.quantizer(x_ND)
-        losses = {
-            "codebook": Loss(quantized.codebook_loss, self.settings.beta),
-            "commitment": Loss(quantized.commitment_loss, self.settings.beta * self.settings.commitment),
-        }
+        weights = {"codebook": self.settings.beta, "commitment": self.settings.beta * self.settings.commitment}
+        losses = {name: Loss(value, weights[name]) for name, value in quantized.losses.items()}
         expert_N1 = (quantized.code_N % self.experts.count)[:, None]
-        discrete_ND = self._discrete_input(x_ND, quantized.code_N, quantized.value_ND)
+        discrete_ND = self._discrete_input(x_ND, quantized)
         if mode == "discrete":
-            y_ND = apply_experts(self.experts, discrete_ND, expert_N1).squeeze(1)
-            return LayerOutput(y_ND, losses, expert_N1, quantized.code_N)
-        routing = self.router(x_ND, id_N)
+            y_ND = _weighted(apply_experts(self.experts, discrete_ND, expert_N1).squeeze(1), quantized)
+            return LayerOutput(y_ND, losses, expert_N1, quantized.code_N, quantized.error)
+        by_distance = self.settings.combine == "distances"
+        routing = self._next_in_distance(quantized, expert_N1) if by_distance else self.router(x_ND, id_N)
         index_NK = torch.cat([routing.index_NK, expert_N1], 1)
         x_NKD = torch.cat([x_ND[:, None].expand(-1, self.settings.top_k, -1), discrete_ND[:, None]], 1)
         y_NKD = apply_experts(self.experts, x_NKD, index_NK)
-        y_ND = self._combine(x_ND, combine(y_NKD[:, :-1], routing.weight_NK), y_NKD[:, -1])
-        return LayerOutput(y_ND, routing.losses | losses, index_NK, quantized.code_N)
+        if by_distance:
+            y_ND = combine(y_NKD, routing.weight_NK)
+        else:
+            y_ND = self._combine(x_ND, combine(y_NKD[:, :-1], routing.weight_NK), _weighted(y_NKD[:, -1], quantized))
+        return LayerOutput(y_ND, routing.losses | losses, index_NK, quantized.code_N, quantized.error)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
-        """What decides the assignment at inference: the codebook, and the embedding that tells an expert the code."""
-        embedding = [self.code_embedding_CD] if self.settings.input == "residual" else []
-        return [self.quantizer.codebook_CD, *embedding]
+        """What decides the assignment at inference: the quantizer, and the embedding that tells an expert the code."""
+        embedding = [self.code_embedding_CD] if hasattr(self, "code_embedding_CD") else []
+        return [*self.quantizer.parameters(), *embedding]
 
     def freeze_assignment(self) -> None:
-        """Fine-tuning and inference keep the codebook as it is."""
+        """Fine-tuning and inference keep the codes as they are."""
         self.quantizer.freeze()
 
-    def _discrete_input(self, x_ND: Tensor, code_N: Tensor, value_ND: Tensor) -> Tensor:
+    def _discrete_input(self, x_ND: Tensor, quantized: Quantized) -> Tensor:
         if self.settings.input == "code":
-            return x_ND + (value_ND - x_ND).detach()
+            return x_ND + (quantized.value_ND - x_ND).detach()
         if self.settings.input == "blend":
-            return (1 - self.settings.blend) * x_ND + self.settings.blend * (value_ND - x_ND).detach()
-        return x_ND + nn.functional.embedding(code_N, self.code_embedding_CD)
+            return (1 - self.settings.blend) * x_ND + self.settings.blend * (quantized.value_ND - x_ND).detach()
+        if quantized.embedding_ND is not None:
+            return x_ND + quantized.embedding_ND
+        return x_ND + nn.functional.embedding(quantized.code_N, self.code_embedding_CD)
+
+    def _next_in_distance(self, quantized: Quantized, expert_N1: Tensor) -> Routing:
+        """The routed experts, and weights for these and, in the last place, for the discrete one.
+
+        An expert is as near as the nearest of its codes.
+        """
+        score_NE = quantized.scores_NC.unflatten(1, (-1, self.experts.count)).amax(1)
+        index_NK = score_NE.scatter(1, expert_N1, -torch.inf).topk(self.settings.top_k, dim=-1).indices
+        all_NK = torch.cat([index_NK, expert_N1], 1)
+        balance = balance_loss(probs_NE=score_NE.softmax(-1), index_NK=all_NK)
+        weight_NK = score_NE.gather(1, all_NK).softmax(-1)
+        return Routing(index_NK, weight_NK, score_NE, {"balance": Loss(balance, self.settings.balance)})
 
     def _combine(self, x_ND: Tensor, routed_ND: Tensor, discrete_ND: Tensor) -> Tensor:
         if self.settings.combine == "sum":
             return routed_ND + discrete_ND
         gate_N2 = self.gate(x_ND).softmax(-1)
         return gate_N2[:, :1] * routed_ND + gate_N2[:, 1:] * discrete_ND
+
+
+def _weighted(discrete_ND: Tensor, quantized: Quantized) -> Tensor:
+    return discrete_ND if quantized.weight_N1 is None else discrete_ND * quantized.weight_N1
 
 
 # Methods that are more than a router.

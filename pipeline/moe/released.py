@@ -55,19 +55,20 @@ class VQMoEReleased(nn.Module):
             return LayerOutput(y_ND, {}, routing.index_NK, None)
         code_N = self.quantizer(x_ND)
         value_ND = F.embedding(code_N, self.quantizer.codebook_CD)
+        codebook = codebook_loss(x_ND=x_ND, value_ND=value_ND)
         losses = {
-            "codebook": Loss(codebook_loss(x_ND=x_ND, value_ND=value_ND), self.settings.beta),
+            "codebook": Loss(codebook, self.settings.beta),
             "commitment": Loss(commitment_loss(x_ND=x_ND, value_ND=value_ND), self.settings.beta * self.settings.commitment),
         }
         expert_N1 = (code_N % self.experts.count)[:, None]
         given_ND = (1 - self.settings.blend) * x_ND + self.settings.blend * (value_ND - x_ND).detach()
         discrete_ND = self.norm(apply_experts(self.experts, self.norm(given_ND), expert_N1, drop=False).squeeze(1))
         if mode == "discrete":
-            return LayerOutput(discrete_ND, losses, expert_N1, code_N)
+            return LayerOutput(discrete_ND, losses, expert_N1, code_N, codebook.detach())
         routing, routed_ND = self._routed(x_ND, id_N)
         gate_N2 = self.gate(x_ND).softmax(-1)
         y_ND = gate_N2[:, :1] * routed_ND + gate_N2[:, 1:] * discrete_ND
-        return LayerOutput(y_ND, losses, torch.cat([routing.index_NK, expert_N1], 1), code_N)
+        return LayerOutput(y_ND, losses, torch.cat([routing.index_NK, expert_N1], 1), code_N, codebook.detach())
 
     def assignment_parameters(self) -> list[nn.Parameter]:
         """What decides the assignment at inference: the codebook."""

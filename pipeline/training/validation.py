@@ -98,7 +98,7 @@ class RoutingTally:
             self._expert[layer] += torch.bincount(output.index_NK.flatten(), minlength=len(self._expert[layer]))
             if output.code_N is not None:
                 self._code[layer] += torch.bincount(output.code_N, minlength=len(self._code[layer]))
-                self._error.append(output.losses["codebook"].value.item())
+                self._error.append(output.code_error.item())
 
     def expert_shares(self) -> list[Tensor]:
         """Share of the assignments per expert (E,), one tensor per layer."""

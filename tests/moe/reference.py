@@ -129,6 +129,23 @@ def both(layer, x_ND: Tensor, id_N=None) -> Naive:
     return _joined(routed, coded, _gated(layer, x_ND, routed, coded))
 
 
+def by_distance(layer, x_ND: Tensor, id_N=None) -> Naive:
+    """VQMoE in mode `both` with a task-trained codebook that decides for both paths."""
+    codes, losses = _codes(layer, x_ND)
+    count, rows, index, probs = layer.experts.count, [], [], []
+    for x_D, code in zip(x_ND, codes, strict=True):
+        scores = [-((x_D - v_D) ** 2).mean() / 0.1 for v_D in layer.quantizer.codebook_CD]
+        best = [max(scores[e::count], key=lambda score: score.item()) for e in range(count)]
+        probs.append(_softmax(best))
+        first = code % count
+        others = sorted((e for e in range(count) if e != first), key=lambda e: -best[e].item())[: layer.settings.top_k]
+        index.append([first, *others])
+        weights = _softmax([best[e] for e in index[-1]])
+        given = [x_D + layer.code_embedding_CD[code]] + [x_D] * len(others)
+        rows.append(sum(w * expert(layer.experts, e, x) for w, e, x in zip(weights, index[-1], given, strict=True)))
+    return Naive(torch.stack(rows), losses | {"balance": balance(probs, index)}, index)
+
+
 def released_router(layer, x_ND: Tensor, id_N=None) -> Naive:
     """The released VQMoE in mode `router`: one expert, whose weight is the softmax of one number."""
     rows, index = [], []

@@ -10,7 +10,9 @@ from tests.moe.compare import assert_matches, over_cases
 VQ = {
     "top_k": 1,
     "balance": 0.01,
+    "quantizer": "nearest",
     "codes": 8,
+    "code_width": 3,
     "input": "residual",
     "blend": 0.05,
     "combine": "sum",
@@ -48,6 +50,27 @@ def test_vqmoe_matches_the_loops_in_every_mode(source, combine, mode, naive):
     torch.manual_seed(1)
     made = layer("vqmoe", input=source, combine=combine, top_k=2 if combine == "gate" else 1)
     assert_matches(made, mode, naive, torch.randn(30, 8))
+
+
+@over_cases
+def test_vqmoe_by_distances_matches_the_loops(case):
+    experts = max(2, case.experts)
+    case = case._replace(experts=experts, top_k=min(case.top_k, experts - 1))
+    changes = {"combine": "distances", "quantizer": "task", "input": "residual"}
+    for codes in (experts, 3 * experts):
+        assert_matches(case.layer("vqmoe", codes=codes, **changes), "both", reference.by_distance, case.inputs()[0])
+
+
+def test_by_distances_the_nearest_code_decides_first_and_the_task_reaches_the_codebook():
+    torch.manual_seed(0)
+    made = layer("vqmoe", combine="distances", quantizer="task")
+    x_ND = torch.randn(50, 8)
+    output = made(x_ND, "both")
+    assert torch.equal(output.index_NK[:, -1:], made(x_ND, "discrete").index_NK)
+    assert (output.index_NK[:, 0] != output.index_NK[:, 1]).all()
+    output.y_ND.square().sum().backward()
+    assert made.quantizer.codebook_CD.grad.abs().max() > 0
+    assert not hasattr(made, "router")
 
 
 def test_all_tokens_to_one_expert_and_a_single_token():
@@ -113,6 +136,8 @@ def test_dropping_the_routed_path_leaves_the_discrete_one():
     [
         ("smoe", {"top_k": 5}, "top_k is 5: at most model.experts (4)"),
         ("vqmoe", {"codes": 6}, "codes is 6: must be a multiple of model.experts (4)"),
+        ("vqmoe", {"combine": "distances"}, "quantizer is nearest: must be task with combine distances"),
+        ("vqmoe", {"combine": "distances", "quantizer": "task", "top_k": 4}, "top_k is 4: under model.experts (4)"),
     ],
 )
 def test_settings_that_do_not_fit_the_experts(method, changes, words):

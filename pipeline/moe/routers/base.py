@@ -31,12 +31,16 @@ class Routing(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """Result y (N, D), auxiliary losses, the experts each token went to (N, K) and, where there is one, its code (N,)."""
+    """Result y (N, D), auxiliary losses, the experts each token went to (N, K).
+
+    With a quantizer also each token's code (N,) and the quantization error: squared, mean over elements.
+    """
 
     y_ND: Tensor
     losses: dict[str, Loss]
     index_NK: Tensor
     code_N: Tensor | None
+    code_error: Tensor | None = None
 
 
 class Sizes(NamedTuple):

@@ -1,0 +1,108 @@
+"""What every quantizer returns, and what all share: when codes start, come back to life, are repaired and freeze.
+
+Shapes: N tokens, D width, C codes.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Settings(Protocol):
+    """What a quantizer reads of its method's params."""
+
+    codes: int
+    dead_share: float
+    code_width: int
+
+
+class Quantized(NamedTuple):
+    """A quantizer's answer for N tokens.
+
+    `value_ND` is the quantized token in the model's width, without a straight-through estimator. `weight_N1` is
+    exactly 1 and carries the task's gradient to the codes; None if the variant has none. `embedding_ND` is what
+    `input: residual` adds to the token where the variant says so itself (`embeds`), else None. `error` is the mean of
+    (x - v)^2 over elements, without gradient; `losses` are raw values, of `codebook` and `commitment` those there are.
+    `scores_NC` are the logits of all codes, the highest that of `code_N`; None if the variant has none.
+    """
+
+    code_N: Tensor
+    value_ND: Tensor
+    weight_N1: Tensor | None
+    embedding_ND: Tensor | None
+    error: Tensor
+    losses: dict[str, Tensor]
+    scores_NC: Tensor | None = None
+
+
+class Quantizer(nn.Module):
+    """Codes that start on the first training batch, and of which those that die come back while training.
+
+    Dead is a code whose moving share of the tokens falls under `dead_share` / C. All state lives in parameters and
+    buffers. A variant defines `nearest`, `_quantize`, `_start`, `_revive` and `_repair`.
+    """
+
+    embeds = False
+    decay = 0.99  # of moving averages, per step
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.codes, self.dead_share = settings.codes, settings.dead_share
+        self.register_buffer("share_C", torch.full((self.codes,), 1 / self.codes))
+        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("frozen", torch.tensor(False))
+        self.register_load_state_dict_post_hook(_stay_frozen)
+
+    def forward(self, x_ND: Tensor) -> Quantized:
+        learning = self.training and not self.frozen
+        if learning:
+            if not self.started:
+                self.start(x_ND)
+            dead_C = self.share_C < self.dead_share / self.codes
+            if dead_C.any():
+                with torch.no_grad():
+                    self._revive(x_ND, dead_C)
+                    self.share_C[dead_C] = 1 / self.codes
+        quantized = self._quantize(x_ND)
+        if learning:
+            used_C = torch.bincount(quantized.code_N, minlength=self.codes).to(self.share_C.dtype) / len(x_ND)
+            self.share_C.lerp_(used_C, 1 - self.decay)
+            with torch.no_grad():
+                self._follow(x_ND, quantized.code_N, used_C)
+        return quantized
+
+    @torch.no_grad()
+    def start(self, x_ND: Tensor) -> None:
+        """(Re)place all codes by these tokens (N >= C; fewer are repeated)."""
+        self._start(x_ND)
+        self.share_C.fill_(1 / self.codes)
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def repair(self, x_ND: Tensor) -> None:
+        """Give tokens to the codes that none of these tokens uses; an unstarted quantizer is started.
+
+        Codes in use stay, since experts have learnt what they stand for.
+        """
+        if not self.started:
+            self.start(x_ND)
+            return
+        used_C = torch.bincount(self.nearest(x_ND), minlength=self.codes) > 0
+        if not used_C.all():
+            self._repair(x_ND, used_C)
+            self.share_C.fill_(1 / self.codes)
+
+    def freeze(self) -> None:
+        """No code moves any more: neither by gradient, nor by averages, nor by re-seeding. Saved with the model."""
+        self.frozen.fill_(True)
+        self.requires_grad_(False)
+
+    def _follow(self, x_ND: Tensor, code_N: Tensor, used_C: Tensor) -> None:
+        """Move codes that no gradient moves, given each code's share of these tokens."""
+
+
+def _stay_frozen(quantizer: Quantizer, _: object) -> None:
+    # Whether a parameter wants a gradient is not part of a model's state.
+    if quantizer.frozen:
+        quantizer.requires_grad_(False)

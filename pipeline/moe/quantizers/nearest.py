@@ -1,0 +1,30 @@
+"""The paper's quantizer: the nearest code, from a codebook that learns by its own loss (METHOD section 1, VQ-VAE).
+
+Shapes: N tokens, D width, C codes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.moe.losses import codebook_loss, commitment_loss
+from pipeline.moe.quantizers.base import Quantized, Settings
+from pipeline.moe.quantizers.codebook import Codebook
+
+
+class Nearest(Codebook):
+    """j(x) = argmin_j ||x - v_j||^2; the codebook loss pulls each code to its tokens."""
+
+    def __init__(self, settings: Settings, width: int) -> None:
+        super().__init__(settings, nn.Parameter(torch.randn(settings.codes, width)))
+
+    def _quantize(self, x_ND: Tensor) -> Quantized:
+        return self._of(x_ND, self.nearest(x_ND))
+
+    def _of(self, x_ND: Tensor, code_N: Tensor) -> Quantized:
+        value_ND = F.embedding(code_N, self._centres())
+        losses = {
+            "codebook": codebook_loss(x_ND=x_ND, value_ND=value_ND),
+            "commitment": commitment_loss(x_ND=x_ND, value_ND=value_ND),
+        }
+        return Quantized(code_N, value_ND, None, None, losses["codebook"].detach(), losses)
