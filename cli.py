@@ -13,6 +13,7 @@ Workflow:
   vqmoe ui                          compare the runs in MLflow
   vqmoe train --method smoe         all stages of one method in one process, under runs/
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
+  vqmoe preset                      other experiments, those of the paper among them
 Stages, in order, as `dvc repro` calls them:
   prepare > pretrain > warmup > finetune > robustness > report
 Params: params.yaml, every key with a comment; add methods and seeds under `grid`.
@@ -121,6 +122,29 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
     cells = {cell.name: {stage: [result["metrics"]] for stage, result in results.items()}}
     comparison(cells, references).show()
     click.echo(f"Models and results: {out}\nCompare the runs in the browser: vqmoe ui")
+
+
+@main.command(help="Print a preset: a whole params.yaml. Without NAME, list them.")
+@click.argument("name", required=False)
+def preset(name: str | None) -> None:
+    import difflib
+
+    from pipeline.errors import UsageError
+    from stages.paths import Paths
+
+    folder = Paths.here().root / "presets"
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    if not files:
+        raise UsageError(f"{folder}: holds no presets; run inside the repository")
+    if name is None:
+        for known in sorted(files):
+            first = files[known].read_text(encoding="utf-8").splitlines()[0]
+            click.echo(f"{known:<{max(map(len, files))}}  {first.removeprefix('# ')}")
+    elif name in files:
+        click.echo(files[name].read_bytes(), nl=False)
+    else:
+        (nearest,) = difflib.get_close_matches(name, files, 1, cutoff=0)
+        raise UsageError(f"there is no preset '{name}', the nearest is {nearest}; `vqmoe preset` lists them all")
 
 
 @main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")

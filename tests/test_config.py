@@ -142,13 +142,6 @@ def test_changing_one_methods_params_changes_only_its_fingerprint():
         assert (one == other) is same
 
 
-def test_presets_are_valid():
-    presets = sorted((REPOSITORY / "presets").rglob("*.yaml"))
-    assert presets
-    for preset in presets:
-        load(path=preset)
-
-
 def test_params_file_in_another_folder(tmp_path):
     copy = tmp_path / "mine.yaml"
     shutil.copy(PARAMS, copy)
