@@ -53,8 +53,8 @@ in bits per character, words in perplexity. `-large` is twice as deep and wide; 
 - It does not say how long the warm-up is. Here: 1,000 steps with batch and learning rate of pre-training, for every method.
 - What the discrete expert reads is in the paper's equation the code itself. A layer of 16 codes that works alone then has 16
   different answers, so `methods.vqmoe.input` is `residual`, the token plus an embedding of its code; `code` is the equation, and
-  `vqmoe_released` does what the released code does. The gate over the paths is the paper's, and no path is dropped; the default
-  experiment adds the paths and drops the routed one at times (`combine: sum`, `drop_routed: 0.25`), for a better discrete path.
+  `vqmoe_released` does what the released code does. The gate over the paths (`combine: gate`) and the loss are the paper's, and
+  no path is ever dropped (`drop_routed: 0.0`), whatever the default experiment does.
 - The Transformer learns its absolute positions; the released code adds sinusoids.
 - Vocabularies of words are cut for an adaptive softmax with weights of its own (at 20,000, 40,000 and 200,000 for WikiText-103;
   60,000, 100,000 and 640,000 for One Billion Words); the released scripts compute the full softmax. One Billion Words comes
@@ -79,7 +79,7 @@ A table for all presets whose models differ in the vocabulary alone.
 - MFLOPs: of a forward pass to the last hidden state. Training has the shape of pre-training, memory included; inference that of
   fine-tuning, `model.context` tokens without memory. A backward pass costs about twice a forward one.
 - `smoe_dropout` and `hyperrouter` begin training with half of the experts and end with all, which is what stands here. What
-  `competesmoe` spends on competitions (in 7 % of a layer's steps), and what `tiny` saves by dropped paths, is not counted.
+  `competesmoe` spends on competitions (in 7 % of a layer's steps), and what `drop_routed` may save, is not counted.
 
 {costs}## Other tasks
 
