@@ -47,11 +47,13 @@ def test_rows_are_those_of_the_unit_there_is():
     words = cell(0, 0.5)
     words["pretrain"]["test"] = {"perplexity": 31.236, "perplexity_discrete": 40.0}
     words["warmup"] = {"before": {"perplexity": 50.0}, "after": {"perplexity": 45.0}}
-    rows = comparison({"vqmoe": by_stage(words)}, REFERENCES).rows
-    assert [row[:2] for row in rows[:4]] == [
-        ("test perplexity", "31.24"),
-        ("- discrete path alone", "40.00"),
-        ("valid perplexity of the task, before warm-up", "50.00"),
-        ("- after warm-up", "45.00"),
+    words["pretrain"]["test"] |= {"perplexity_router": 60.0}
+    rows = comparison({"vqmoe": by_stage(words)}, REFERENCES | {"perplexity": {"unigram": 950.2}}).rows
+    assert rows[:5] == [
+        ("test perplexity", "31.24", "unigram 950"),
+        ("- discrete path alone", "40.00", ""),
+        ("- with top-k experts, not all", "60.00", ""),
+        ("valid perplexity of the task, before warm-up", "50.00", "mode of inference"),
+        ("- after warm-up", "45.00", "mode of inference"),
     ]
     assert not any("per character" in row[0] for row in rows)
