@@ -134,7 +134,7 @@ def by_distance(layer, x_ND: Tensor, id_N=None) -> Naive:
     codes, losses = _codes(layer, x_ND)
     count, rows, index, probs = layer.experts.count, [], [], []
     for x_D, code in zip(x_ND, codes, strict=True):
-        scores = [-((x_D - v_D) ** 2).mean() / 0.1 for v_D in layer.quantizer.codebook_CD]
+        scores = [-((x_D - v_D) ** 2).mean() / 0.05 for v_D in layer.quantizer.codebook_CD]
         best = [max(scores[e::count], key=lambda score: score.item()) for e in range(count)]
         probs.append(_softmax(best))
         first = code % count

@@ -83,7 +83,7 @@ def discrete(layer, x_ND: Tensor) -> Tensor:
             given = x_D + layer.code_embedding_CD[j]
         y_D = reference.expert(layer.experts, j % layer.experts.count, given)
         if type(quantizer).__name__ == "Task":
-            scores = [(-distance / len(x_D) / 0.1).exp() for distance in distances(quantizer, x_D)]
+            scores = [(-distance / len(x_D) / 0.05).exp() for distance in distances(quantizer, x_D)]
             p = scores[j] / sum(scores)
             y_D = y_D * (1 + p - p.detach())
         rows.append(y_D)
