@@ -210,7 +210,10 @@ def test_flops_by_hand(tiny_params, seeded):
     with sdpa_kernel(SDPBackend.MATH):
         assert flops_per_token(routed, "router", length, targets=[1]) == m.layers * (attention + 2 * expert + router) + scores
     assert flops_per_token(routed, "router", length, targets=[1]) == m.layers * (attention + 2 * expert + router) + scores
-    assert flops_per_token(discrete, "both", length) == m.layers * (attention + 2 * expert + router + distances)
+    # The codebook decides for both paths; with a router of its own the routed one costs that too.
+    assert flops_per_token(discrete, "both", length) == m.layers * (attention + 2 * expert + distances)
+    own = build(spec(tiny_params("methods.vqmoe.combine=sum"), "vqmoe"))
+    assert flops_per_token(own, "both", length) == m.layers * (attention + 2 * expert + router + distances)
     assert flops_per_token(discrete, "discrete", length) == m.layers * (attention + expert + distances)
     assert flops_per_token(discrete, "discrete", length, targets=[1, 2]) == m.layers * (attention + expert + distances) + scores
 
