@@ -166,18 +166,18 @@ def test_other_tokenizers_go_through_all_stages(vqmoe, workspace, kind, view):
     assert "raw text" not in result.output
 
 
-def test_transformer_xl_on_words(vqmoe, workspace, monkeypatch):
-    monkeypatch.setattr("pipeline.data.tokenizers.Tokenizer.unit", "perplexity")
-    keys = ("positions=relative", "memory=24", "evaluate_context=16", "evaluate_memory=40", "norm=post", "cutoffs=[60, 110]")
+def test_transformer_xl_on_words(vqmoe, workspace):
+    keys = ("positions=relative", "memory=24", "evaluate_context=16", "evaluate_memory=40", "norm=post", "cutoffs=[8, 16]")
     quick = ("grid.methods=[vqmoe]", "finetune.scratch=false", "robustness.kinds=[swap]", "robustness.rates=[0.1]")
-    overrides = [*quick, *(f"model.{key}" for key in keys)]
+    overrides = ["data.tokenizer=words", "data.view=bytes", *quick, *(f"model.{key}" for key in keys)]
     for stage in ("prepare", *GRID_STAGES, "report"):
         result = vqmoe(stage, overrides=overrides)
         assert result.exit_code == 0, (stage, result.output)
     metrics = json.loads((workspace / "results/pretrain/vqmoe-s0.json").read_text())["metrics"]
     assert set(metrics["test"]) == {"perplexity", "perplexity_discrete"}
-    # With equal probabilities of the 62 entries of the head and the 147 tokens of its widest cluster.
-    assert 1 < metrics["test"]["perplexity"] < 62 * 147
+    # With equal probabilities of the 10 entries of the head and the words of its widest cluster.
+    words = json.loads((workspace / "outputs/data/manifest.json").read_text())["ids"]
+    assert 1 < metrics["test"]["perplexity"] < 10 * (words - 16)
     report = (workspace / "report/report.md").read_text()
     assert "| test perplexity |" in report
     assert "bits per character |" not in report
