@@ -109,7 +109,8 @@ def test_an_example_has_a_token(kind, text):
 
 @pytest.mark.parametrize("kind", ["words", "bpe"])
 def test_half_a_character_is_no_error_to_learnt_tokenizers(kind):
-    assert made(kind, "ab \udce6\udcbc cd\n").decode(made(kind).encode("\udce6")) in ("<unk>", "\ufffd")
+    tokenizer = made(kind, "ab \udce6\udcbc cd\n" * 30)
+    assert tokenizer.decode(tokenizer.encode("\udce6")) == "\ufffd"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b'{"version": "1.0"}'])

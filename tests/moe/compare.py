@@ -91,6 +91,11 @@ def assert_matches(made: nn.Module, mode: Mode, naive: Callable[..., Naive], x_N
         total, exact_total = total + factor * loss.value, exact_total + factor * slow.losses[name]
     (total + (fast.y_ND * upstream.float()).sum()).backward()
     (exact_total + (slow.y_ND * upstream).sum()).backward()
+    assert_same_gradients(made, fast_x, exact, exact_x)
+
+
+def assert_same_gradients(made: nn.Module, fast_x: Tensor, exact: nn.Module, exact_x: Tensor) -> None:
+    """Gradients of the tokens and of all parameters, float32 against float64."""
     torch.testing.assert_close(fast_x.grad.double(), exact_x.grad, atol=1e-3, rtol=1e-2)
     for (name, one), other in zip(made.named_parameters(), exact.parameters(), strict=True):
         if other.grad is None:
