@@ -57,20 +57,20 @@ def _with_cell(command: Any) -> Any:
     return click.option("--method", help="A section under methods. Default: the first of grid.methods.")(command)
 
 
-def _load(file: Path | None, overrides: tuple[str, ...]) -> Any:
+def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = None) -> Any:
+    """Params; with a method, the settings of the others do not matter."""
     from pipeline import config
     from pipeline.moe.layer import SETTINGS
     from stages.paths import Paths
 
-    return config.load(file or Paths.here().root / "params.yaml", SETTINGS, overrides)
+    chosen = (f"grid.methods=[{method}]",) if method else ()
+    return config.load(file or Paths.here().root / "params.yaml", SETTINGS, overrides + chosen)
 
 
-def _cell(params: Any, method: str | None, seed: int | None) -> Any:
+def _cell(params: Any, seed: int | None) -> Any:
     from stages.paths import Cell
 
-    cell = Cell(method or params.grid.methods[0], params.grid.seeds[0] if seed is None else seed)
-    params.method(cell.method)
-    return cell
+    return Cell(params.grid.methods[0], params.grid.seeds[0] if seed is None else seed)
 
 
 def _stage(name: str, text: str) -> None:
@@ -91,8 +91,8 @@ def _grid_stage(name: str, text: str) -> None:
         from stages.execute import execute
         from stages.paths import Paths
 
-        params = _load(file, overrides)
-        execute(name, params, Paths.here(), _cell(params, method, seed))
+        params = _load(file, overrides, method)
+        execute(name, params, Paths.here(), _cell(params, seed))
 
 
 _stage("prepare", "Write tokens, tokenizer, task and manifest to outputs/data.")
@@ -112,8 +112,8 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
     from stages.execute import train as train_cell
     from stages.paths import Paths
 
-    params = _load(file, overrides)
-    cell = _cell(params, method, seed)
+    params = _load(file, overrides, method)
+    cell = _cell(params, seed)
     here = Paths.here()
     sections = params.select(set(type(params).model_fields) - {"grid", "methods", "tracking", "report"}, cell.method)
     out = here.root / "runs" / f"{cell.name}-{fingerprint(sections)[:8]}"

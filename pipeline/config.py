@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -32,16 +33,13 @@ Length = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 # torch's grouped matrix product asks for rows of whole 16 bytes, which are 8 numbers of the smaller types.
 GROUPED = 8
 
 Corruption = Literal["swap", "delete", "insert", "replace", "keyboard"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -56,6 +54,14 @@ def _rising(value: tuple[float, ...]) -> tuple[float, ...]:
     return value
 
 
+Distinct = AfterValidator(_distinct)
+Rising = AfterValidator(_rising)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
 class MethodSettings(Protocol):
     """What a method's settings class offers beside its fields."""
 
@@ -64,21 +70,16 @@ class MethodSettings(Protocol):
 
 
 class Grid(Section):
-    methods: Annotated[tuple[str, ...], AsTuple, Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], AsTuple, Field(min_length=1)]
-
-    @field_validator("methods", "seeds")
-    @classmethod
-    def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _distinct(value)
+    methods: Annotated[tuple[str, ...], AsTuple, Field(min_length=1), Distinct]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], AsTuple, Field(min_length=1), Distinct]
 
 
 class Data(Section):
-    corpus: str
+    corpus: Name
     view: Literal["text27", "bytes"]
     tokenizer: Literal["bytes", "characters", "words", "bpe"]
     vocabulary: Annotated[int, Field(ge=0)]
-    task: str
+    task: Name
 
     @model_validator(mode="after")
     def _tokenizer_fits(self) -> "Data":
@@ -110,12 +111,7 @@ class Model(Section):
     dropout: Share
     norm: Literal["pre", "post"]
     positions: Literal["rotary", "learned", "relative"]
-    cutoffs: Annotated[tuple[Count, ...], AsTuple]
-
-    @field_validator("cutoffs")
-    @classmethod
-    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _rising(value)
+    cutoffs: Annotated[tuple[Count, ...], AsTuple, Rising]
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "Model":
@@ -168,20 +164,10 @@ class Finetune(Training):
 
 
 class Robustness(Section):
-    kinds: Annotated[tuple[Corruption, ...], AsTuple, Field(min_length=1)]
-    rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)]
+    kinds: Annotated[tuple[Corruption, ...], AsTuple, Field(min_length=1), Distinct]
+    rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1), Rising]
     segments: Count
     passages: Count
-
-    @field_validator("kinds")
-    @classmethod
-    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(value)
-
-    @field_validator("rates")
-    @classmethod
-    def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        return _rising(value)
 
 
 class Report(Section):
@@ -285,6 +271,8 @@ def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterabl
         return Params.model_validate(raw, context={"settings": settings})
     except ValidationError as error:
         raise UsageError(f"{path}: {_line(error, (), raw, Params)}") from None
+    except UsageError as error:  # of a method that the grid names
+        raise UsageError(f"{path}: {error}") from None
     except _Nested as nested:
         part = raw["methods"][nested.name]
         raise UsageError(f"{path}: {_line(nested.error, ('methods', nested.name), part, settings[nested.name])}") from None
@@ -371,5 +359,5 @@ def _fields(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(map(str, known)), n=1)
     return f" (did you mean {close[0]}?)" if close else ""

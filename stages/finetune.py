@@ -87,7 +87,7 @@ def _fit(
     prefix = "" if phase == "finetune" else f"{phase}/"
     return fit(
         model,
-        adam(model.parameters(), settings.learning_rate, settings.beta2, settings.weight_decay),
+        adam(model, settings.learning_rate, settings.beta2, settings.weight_decay),
         settings,
         objective=classification_objective(
             model, examples["train"], batch=settings.batch, crop=settings.crop, seed=cell.seed, pad=pad, mode=mode

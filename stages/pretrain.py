@@ -36,7 +36,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     valid, test = held_out(model, tokens["valid"], settings.validate_tokens), held_out(model, tokens["test"])
     fitted = fit(
         model,
-        adam(model.parameters(), settings.learning_rate, settings.beta2),
+        adam(model, settings.learning_rate, settings.beta2),
         settings,
         objective=language_objective(
             model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit, steps=settings.steps
@@ -47,7 +47,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         label=f"pretrain {cell.name}",
     )
     tally, scores = RoutingTally(model), {}
-    names = {mode: unit} | ({} if model.infer_mode == mode else {model.infer_mode: f"{unit}_{model.infer_mode}"})
+    names = {scored: unit if scored == mode else f"{unit}_{scored}" for scored in model.modes}
     with Progress(f"test {cell.name}", total=len(names) * test[:, 1:].size, unit="token") as progress:
 
         def watch(hidden: Hidden) -> None:

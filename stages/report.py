@@ -64,11 +64,12 @@ def _figures(
     compressors = {f"{name} (test)": references[name] for name in ("gzip", "bz2", "xz")} if unit == "bpc" else {}
     figures = {"training": plots.training_curves({m: by_seed(training, m) for m in methods}, unit, compressors)}
     kinds = [kind for kind in dict.fromkeys(row["kind"] for row in severity) if kind not in ("clean", "shift")]
+    changed = "characters" if unit == "bpc" else "tokens"
     titles = {
-        "warmed-up": ("bits per token", "Language model under noise, in the mode of inference"),
-        "classifier": ("accuracy", "Classifier under noise"),
+        "warmed-up": (changed, "bits per token", "Language model under noise, in the mode of inference"),
+        "classifier": ("characters", "accuracy", "Classifier under noise"),
     }
-    for model, (ylabel, title) in titles.items():
+    for model, texts in titles.items():
         curves = {
             kind: {
                 method: [
@@ -83,7 +84,7 @@ def _figures(
             }
             for kind in kinds
         }
-        figures[f"robustness-{model}"] = plots.severity_curves(curves, ylabel, title)
+        figures[f"robustness-{model}"] = plots.severity_curves(curves, *texts)
     confusion, labels = _confusion(paths, methods, seeds[0])
     figures["confusion"] = plots.confusion_maps(confusion, labels, f"Classifier on test, seed {seeds[0]}")
     load = _rows(paths, "robustness", "load.csv", methods, seeds[:1])
@@ -94,13 +95,14 @@ def _figures(
 
 
 def _shares(load: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
-    """Share of tokens (layers, experts or codes) for each method and mode, of the first seed."""
+    """Share of tokens (layers, experts or codes) for each method and mode, of the first seed; none where there is no choice."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in load:
         if row["what"] == what:
             panel = found.setdefault(f"{row['method']}, {row['model']}, mode {row['mode']}", {})
             panel.setdefault(int(row["layer"]), []).append(row["share"])
-    return {name: np.array([panel[layer] for layer in sorted(panel)]) for name, panel in found.items()}
+    shares = {name: np.array([panel[layer] for layer in sorted(panel)]) for name, panel in found.items()}
+    return {name: share for name, share in shares.items() if share.shape[1] > 1}
 
 
 def _rows(paths: Paths, stage: str, file: str, methods: tuple[str, ...], seeds: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -142,6 +144,7 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
         if len(params.grid.seeds) == 1
         else "Mean +/- standard deviation over seeds."
     )
+    unknown = " and also spell what is <unk> to a model" if params.data.tokenizer == "words" else ""
     lines = [
         "# Report",
         "",
@@ -149,11 +152,12 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
         "",
         table.markdown(),
         "",
-        "Bits per character or perplexity: lower is better; compressors see the test split only. VQMoE pre-trains with both "
-        "paths and is used with the discrete path alone; a method with a router has one mode. Lost to noise: mean over all "
-        "corruptions and severities, positive when noise hurts; experts unchanged: share of a classifier's assignments that "
-        "noise leaves as they were (fewer experts per token or an uneven load raise it by chance). A classifier reads the first "
-        "model.context tokens of a passage, TF-IDF all of it. Data of the plots: data/.",
+        "Bits per character or perplexity: lower is better; compressors see the test split only"
+        f"{unknown}. VQMoE pre-trains with both paths and is used with the discrete path alone; smoe_dropout and hyperrouter "
+        "pre-train on the way to all experts and are used with the router's top-k; other methods have one mode. Lost to noise: "
+        "mean over all corruptions and severities, positive when noise hurts; experts unchanged: share of a classifier's "
+        "assignments that noise leaves as they were (fewer experts per token or an uneven load raise it by chance). A classifier "
+        "reads the first model.context tokens of a passage, TF-IDF all of it. Data of the plots: data/.",
         "",
         *(f"![{name}](figures/{name}.png)" for name in figures),
         "",

@@ -42,12 +42,12 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     _repair(model, held_out(model, tokens["train"], settings.kmeans_tokens))
     # What learns is what the mixture layers use in this mode: assignment and experts, the same for every method.
     model.requires_grad_(False)
-    learned = [p for layer in model.moe_layers for p in (*layer.assignment_parameters(), *layer.experts.parameters())]
-    for parameter in learned:
-        parameter.requires_grad_(True)
+    for layer in model.moe_layers:
+        for parameter in (*layer.assignment_parameters(), *layer.experts.parameters()):
+            parameter.requires_grad_(True)
     fitted = fit(
         model,
-        adam(learned, settings.learning_rate, settings.beta2),
+        adam(model, settings.learning_rate, settings.beta2),
         settings,
         objective=language_objective(model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit),
         validate=lambda: {unit: score_tokens(model, valid, mode, unit)},
@@ -73,7 +73,7 @@ def _measure(model: Transformer, valid: np.ndarray, unit: Unit) -> dict[str, flo
 
 
 def _repair(model: Transformer, texts: np.ndarray) -> None:
-    """Fit each layer's codebook to the domain's hidden states, first layer first: a layer's states depend on those below."""
+    """Move codes that the domain's states leave idle, first layer first: a layer's states depend on those below."""
     for layer in model.moe_layers:
         if not hasattr(layer, "quantizer"):
             continue

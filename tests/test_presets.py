@@ -161,7 +161,7 @@ def reduced(name):
 
 def step(model, training, objective, steps):
     """Train; the names of the parameters that changed."""
-    optimizer = adam(model.parameters(), training.learning_rate, training.beta2)
+    optimizer = adam(model, training.learning_rate, training.beta2)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for number in range(1, steps + 1):
         loss, parts = objective(number)

@@ -119,9 +119,6 @@ class Archive:
     def text(self, name: str) -> str:
         return "".join(self.texts(name))
 
-    def lines(self, name: str) -> Iterator[str]:
-        return lines(self.texts(name))
-
     def _entry(self, name: str) -> Entry:
         while name not in self._met:
             if not self._advance():

@@ -12,9 +12,12 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, and a marker each, so that the lines differ in print too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# A label is a user's text: a dollar in it is no formula.
+plt.rcParams["text.parse_math"] = False
+
+# Okabe and Ito's palette and a grey, and a marker each, so that the lines differ in print too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#8C8C8C")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
 
 # Scores of language models by their keys in metrics.
 UNITS = {"bpc": "bits per character", "perplexity": "perplexity"}
@@ -29,7 +32,7 @@ def styles(methods: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def training_curves(histories: Mapping[str, Sequence[Points]], unit: str, references: Mapping[str, float]) -> Figure:
     """Validation score in `unit` against the step; a line per method (mean over seeds), references dashed."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for method, style in styles(list(histories)).items():
         steps = [row["step"] for row in histories[method][0]]
         curves = np.array([[row[f"valid/{unit}"] for row in rows] for rows in histories[method]])
@@ -44,12 +47,18 @@ def training_curves(histories: Mapping[str, Sequence[Points]], unit: str, refere
     return _finish(figure)
 
 
-def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], ylabel: str, title: str) -> Figure:
-    """A panel per corruption: score against severity; `scores[kind][method]` lists the points of each seed."""
+def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], unit: str, ylabel: str, title: str) -> Figure:
+    """A panel per corruption: score against the share of units changed; `scores[kind][method]` lists each seed's points."""
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(3.1 * columns + 0.6, 2.7 * rows + 0.5), sharex=True, sharey=True, squeeze=False
+        rows,
+        columns,
+        figsize=(3.1 * columns + 0.6, 2.7 * rows + 1),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, (kind, methods) in zip(grid.flat, scores.items(), strict=False):
         for method, style in styles(list(methods)).items():
@@ -60,30 +69,39 @@ def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], ylabel
         axes.set_visible(False)
     for column in range(columns):
         lowest = max(row for row in range(rows) if row * columns + column < len(scores))
-        grid[lowest, column].set_xlabel("characters changed, %")
+        grid[lowest, column].set_xlabel(f"{unit} changed, %")
         grid[lowest, column].tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel)
-    grid[0, 0].legend(frameon=False)
     figure.suptitle(title)
+    # Below the panels: in one of them it would hide the lines of many methods.
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return _finish(figure)
 
 
 def share_maps(shares: Mapping[str, np.ndarray], what: str) -> Figure:
     """A panel per model: share of the tokens (percent) per layer (rows) and expert or code (columns)."""
+    layers, width = (max(array.shape[axis] for array in shares.values()) for axis in (0, 1))
+    columns = min(2, len(shares))
+    rows = -(-len(shares) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * max(4.0, 0.45 * width + 1) + 1, rows * (0.42 * layers + 0.7) + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
     largest = 100 * max(array.max() for array in shares.values())
-    width = max(4.0, 0.45 * max(array.shape[1] for array in shares.values()) + 1.5)
-    height = sum(0.42 * array.shape[0] + 0.9 for array in shares.values()) + 0.3
-    figure, grid = plt.subplots(len(shares), 1, figsize=(width + 1, height), squeeze=False)
-    for axes, (name, array) in zip(grid.flat, shares.items(), strict=True):
+    for axes, (name, array) in zip(grid.flat, shares.items(), strict=False):
         image = axes.imshow(100 * array, cmap="cividis", vmin=0, vmax=largest, aspect="auto")
         if array.shape[1] <= 16:
             _numbers(axes, 100 * array, 0.6 * largest)
         axes.set(title=name, ylabel="layer", yticks=range(array.shape[0]))
         axes.set_xticks(range(0, array.shape[1], max(1, array.shape[1] // 16)))
-    grid[-1, 0].set_xlabel(what)
-    figure.tight_layout()
-    figure.colorbar(image, ax=list(grid.flat), label="share of tokens, %")
+    for axes in list(grid.flat)[len(shares) :]:
+        axes.set_visible(False)
+    figure.supxlabel(what)
+    figure.colorbar(image, ax=list(grid.flat), aspect=40, label="share of tokens, %")
     return figure
 
 
@@ -146,5 +164,4 @@ def _finish(figure: Figure) -> Figure:
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     return figure

@@ -60,10 +60,10 @@ def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], r
     measures: list[tuple[str, str, tuple[str, ...], int, float, str]] = [
         ("test bits per character", "pretrain", ("test", "bpc"), 3, 1, compressors),
         ("- discrete path alone", "pretrain", ("test", "bpc_discrete"), 3, 1, ""),
-        ("- with top-k experts, not all", "pretrain", ("test", "bpc_router"), 3, 1, ""),
+        ("- router's top-k experts alone", "pretrain", ("test", "bpc_router"), 3, 1, ""),
         ("test perplexity", "pretrain", ("test", "perplexity"), 2, 1, perplexities),
         ("- discrete path alone", "pretrain", ("test", "perplexity_discrete"), 2, 1, ""),
-        ("- with top-k experts, not all", "pretrain", ("test", "perplexity_router"), 2, 1, ""),
+        ("- router's top-k experts alone", "pretrain", ("test", "perplexity_router"), 2, 1, ""),
         ("valid bits per character of the task, before warm-up", "warmup", ("before", "bpc"), 3, 1, "mode of inference"),
         ("- after warm-up", "warmup", ("after", "bpc"), 3, 1, "mode of inference"),
         ("valid perplexity of the task, before warm-up", "warmup", ("before", "perplexity"), 2, 1, "mode of inference"),

@@ -77,12 +77,18 @@ class Transformer(nn.Module):
         return [block.moe for block in self.blocks]
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        return self.moe_layers[0].modes
+
+    @property
     def train_mode(self) -> Mode:
-        return self.moe_layers[0].train_mode
+        """The mode of pre-training."""
+        return self.modes[0]
 
     @property
     def infer_mode(self) -> Mode:
-        return self.moe_layers[0].infer_mode
+        """The mode of everything after pre-training."""
+        return self.modes[:2][-1]
 
     def begin_step(self, done: float) -> None:
         """Tell the routers that a step of pre-training begins, with this share of the steps done (0 to 1)."""

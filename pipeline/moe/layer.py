@@ -26,10 +26,10 @@ class SparseMoE(nn.Module):
     def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()
         self.router, self.experts = router, experts
-        self.train_mode, self.infer_mode = router.train_mode, router.infer_mode
+        self.modes = router.modes
 
     def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
-        assert mode in (self.train_mode, self.infer_mode), mode
+        assert mode in self.modes, mode
         route = self.router.dense if mode == "dense" else self.router
         routing = route(x_ND, id_N)
         routing, y_NKD = self.router.settle(routing, apply_experts(self.experts, x_ND, routing.index_NK))
@@ -46,8 +46,7 @@ class SparseMoE(nn.Module):
 class Dense(nn.Module):
     """y = FFN(x) with k times the hidden width of an expert: the active FLOPs of k experts, without a router."""
 
-    train_mode: Mode = "dense"
-    infer_mode: Mode = "dense"
+    modes: tuple[Mode, ...] = ("dense",)
 
     class Settings(Settings):
         top_k: Annotated[int, Field(gt=0)]
@@ -79,9 +78,6 @@ class VQMoE(nn.Module):
     is no router, and no mode `router`.
     """
 
-    train_mode: Mode = "both"
-    infer_mode: Mode = "discrete"
-
     class Settings(Settings):
         top_k: Annotated[int, Field(gt=0)]
         balance: Annotated[float, Field(ge=0)]
@@ -111,7 +107,9 @@ class VQMoE(nn.Module):
         super().__init__()
         self.settings = settings
         self.experts = Experts(sizes.experts, sizes.width, sizes.hidden, sizes.dropout)
+        self.modes: tuple[Mode, ...] = ("both", "discrete")
         if settings.combine != "distances":
+            self.modes = ("both", "discrete", "router")
             self.router = SMoE(SMoE.Settings(top_k=settings.top_k, balance=settings.balance), sizes)
         self.quantizer = QUANTIZERS[settings.quantizer](settings, sizes.width)
         if settings.input == "residual" and not self.quantizer.embeds:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.moe.dispatch import apply_experts, combine
 from pipeline.moe.experts import Experts
 from pipeline.moe.losses import codebook_loss, commitment_loss
+from pipeline.moe.quantizers.kmeans import distances
 from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Routing, Settings, Sizes
 
 
@@ -23,8 +24,7 @@ class VQMoEReleased(nn.Module):
     balance loss, a codebook that starts at random and is never re-seeded.
     """
 
-    train_mode: Mode = "both"
-    infer_mode: Mode = "discrete"
+    modes: tuple[Mode, ...] = ("both", "discrete", "router")
 
     class Settings(Settings):
         codes: Annotated[int, Field(gt=0)]
@@ -110,8 +110,7 @@ class PlainCodebook(nn.Module):
     @torch.no_grad()
     def forward(self, x_ND: Tensor) -> Tensor:
         """Code (N,) of each token; ties go to the lower code."""
-        # ||x||^2 is the same for every code and left out.
-        return torch.addmm(self.codebook_CD.square().sum(1), x_ND, self.codebook_CD.T, alpha=-2).argmin(1)
+        return distances(x_ND, self.codebook_CD).argmin(1)
 
     @torch.no_grad()
     def repair(self, x_ND: Tensor) -> None:

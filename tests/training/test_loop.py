@@ -6,6 +6,7 @@ from torch import nn
 
 from pipeline.config import Training
 from pipeline.errors import Failure
+from pipeline.models.build import build
 from pipeline.training.loop import fit
 from pipeline.training.optim import adam, learning_rate
 from pipeline.training.seeding import seed_everything
@@ -28,7 +29,7 @@ def run(model, objective, validate, settings=None):
     logged = []
     fitted = fit(
         model,
-        adam(model.parameters(), 0.1),
+        adam(model, 0.1),
         settings or training(),
         objective=objective,
         validate=validate,
@@ -82,9 +83,20 @@ def test_schedule_rises_then_falls_to_zero():
     assert rates[-1] < 1e-4
 
 
-def test_weight_decay_spares_vectors():
-    groups = adam(nn.Linear(3, 2).parameters(), 0.1, beta2=0.7, weight_decay=0.5).param_groups
-    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 1)]
+@pytest.mark.parametrize("method", ["vqmoe", "dense"])
+def test_weight_decay_is_for_weights_and_embeddings_alone(tiny_params, tiny_spec, method):
+    params = tiny_params("model.positions=relative", "methods.vqmoe.combine=gate")
+    model = build(tiny_spec(method, model=params.model, settings=params.method(method)))
+    groups = adam(model, 0.1, beta2=0.7, weight_decay=0.5).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decays = {group["weight_decay"]: {names[parameter] for parameter in group["params"]} for group in groups}
+    layer = {
+        "vqmoe": (["experts.w1_EDH"], ["experts.b1_EH", "experts.b2_ED", "quantizer.codebook_CD", "code_embedding_CD"]),
+        "dense": (["experts.w1.weight"], ["experts.w1.bias", "experts.w2.bias"]),
+    }
+    weights, others = ({f"blocks.0.moe.{name}" for name in part} for part in layer[method])
+    assert {"embedding.weight", "blocks.0.attention.query.weight"} | weights <= decays[0.5]
+    assert {"norm.weight", "relative.content_HF", "relative.position_HF"} | others <= decays[0.0]
     assert {group["betas"] for group in groups} == {(0.9, 0.7)}
 
 

@@ -110,7 +110,7 @@ def test_a_frozen_assignment_outlives_all_later_training(tiny_spec, seeded):
     objective(model, steps=10)(10)
     tokens_BT = torch.randint(50, (2, 20))
     before = [layer.index_NK for layer in model(tokens_BT, "router").layers]
-    optimizer = adam(model.parameters(), 0.1, weight_decay=0.1)
+    optimizer = adam(model, 0.1, weight_decay=0.1)
     for step in range(1, 4):
         loss, _ = objective(model)(step)
         optimizer.zero_grad()

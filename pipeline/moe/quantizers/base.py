@@ -105,4 +105,4 @@ class Quantizer(nn.Module):
 def _stay_frozen(quantizer: Quantizer, _: object) -> None:
     # Whether a parameter wants a gradient is not part of a model's state.
     if quantizer.frozen:
-        quantizer.requires_grad_(False)
+        quantizer.freeze()

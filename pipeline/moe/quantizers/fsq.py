@@ -39,6 +39,11 @@ class Fsq(Quantizer):
         nn.init.zeros_(self.embedding.weight)
         nn.init.zeros_(self.embedding.bias)
 
+    def freeze(self) -> None:
+        """As its base's; the embedding goes on learning, as that of a codebook's codes does."""
+        super().freeze()
+        self.embedding.requires_grad_(True)
+
     @torch.no_grad()
     def nearest(self, x_ND: Tensor) -> Tensor:
         """Code of each token (N,)."""

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 # How a layer is used: `both` paths of VQMoE, its `discrete` path alone, a `router` with few experts per token, or
-# `dense`: all experts (or the one there is).
+# `dense`: all experts (or the one there is). Of its `modes`, a layer pre-trains in the first; after that it is used in the
+# second, or in the one there is; others are ablations.
 Mode = Literal["both", "router", "discrete", "dense"]
 
 
@@ -68,8 +69,7 @@ class Settings(BaseModel):
 class Router(nn.Module):
     """Base of all routers; built as `Router(settings, sizes)`."""
 
-    train_mode: Mode = "router"
-    infer_mode: Mode = "router"
+    modes: tuple[Mode, ...] = ("router",)
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()

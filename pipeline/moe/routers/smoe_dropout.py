@@ -19,7 +19,7 @@ class GrowingRouter(Router):
     Mode `dense` is that schedule, and all E experts at evaluation; mode `router` asks the `top_k` best. No balance loss.
     """
 
-    train_mode: Mode = "dense"
+    modes: tuple[Mode, ...] = ("dense", "router")
 
     class Settings(Settings):
         top_k: Annotated[int, Field(gt=0)]

@@ -18,7 +18,7 @@ def test_only_the_embedding_learns():
     made = CASE.layer("hyperrouter").train()
     assert made.assignment_parameters() == [made.router.embedding_D]
     before = {name: tensor.clone() for name, tensor in made.router.state_dict().items()}
-    optimizer = adam(made.parameters(), 0.1)
+    optimizer = adam(made, 0.1)
     made(torch.randn(12, WIDTH), "dense").y_ND.square().sum().backward()
     optimizer.step()
     changed = {name for name, tensor in made.router.state_dict().items() if not torch.equal(tensor, before[name])}

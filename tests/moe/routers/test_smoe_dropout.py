@@ -42,7 +42,7 @@ def test_the_router_is_as_drawn_whatever_is_trained():
     made = CASE.layer("smoe_dropout").train()
     assert made.assignment_parameters() == list(made.router.parameters()) == []
     before = {name: tensor.clone() for name, tensor in made.router.state_dict().items()}
-    optimizer = adam(made.parameters(), 0.1, weight_decay=0.1)
+    optimizer = adam(made, 0.1, weight_decay=0.1)
     made(torch.randn(12, WIDTH), "dense").y_ND.square().sum().backward()
     optimizer.step()
     assert before.keys() == {"weight_ED", "bias_E"}

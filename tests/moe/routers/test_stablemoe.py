@@ -44,7 +44,7 @@ def test_distillation_ends_in_agreement_where_ids_tell_tokens_apart():
     id_N = torch.arange(VOCABULARY)
     x_ND = torch.randn(VOCABULARY, WIDTH)
     before = made(x_ND, "router", id_N).index_NK
-    optimizer = adam(made.router.light.parameters(), 0.1)
+    optimizer = adam(made.router.light, 0.1)
     for _ in range(50):
         optimizer.zero_grad()
         made(x_ND, "router", id_N).losses["distil"].value.backward()
@@ -60,7 +60,7 @@ def test_in_stage_2_ids_alone_decide_the_light_router_stays_and_the_rest_learns(
     light = [parameter.clone() for parameter in made.router.light.parameters()]
     weights = made.router.expert_ED.clone()
     index_NK = made(torch.randn(12, WIDTH), "router", id_N).index_NK
-    optimizer = adam(made.parameters(), 0.1, weight_decay=0.1)
+    optimizer = adam(made, 0.1, weight_decay=0.1)
     for _ in range(3):
         output = made(torch.randn(12, WIDTH), "router", id_N)
         assert torch.equal(output.index_NK, index_NK)
