@@ -120,6 +120,15 @@ def test_files_that_are_no_params(tmp_path, content, part):
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_is_no_text_is_unknown_like_any_other(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("1: 2\n" + PARAMS.read_text())
+    with pytest.raises(UsageError, match="there is no section 'pretrian'"):
+        load("pretrian.steps=5", path=path)
+    with pytest.raises(UsageError, match="params.yaml: 1 is 1: keys should be strings"):
+        load(path=path)
+
+
 def test_relative_positions_allow_memory_and_any_length_of_evaluation():
     keys = ("positions=relative", "memory=512", "evaluate_memory=896", "evaluate_context=1024")
     assert load(*(f"model.{key}" for key in keys)).model.evaluate_memory == 896

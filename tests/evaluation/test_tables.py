@@ -52,7 +52,7 @@ def test_rows_are_those_of_the_unit_there_is():
     assert rows[:5] == [
         ("test perplexity", "31.24", "unigram 950"),
         ("- discrete path alone", "40.00", ""),
-        ("- with top-k experts, not all", "60.00", ""),
+        ("- router's top-k experts alone", "60.00", ""),
         ("valid perplexity of the task, before warm-up", "50.00", "mode of inference"),
         ("- after warm-up", "45.00", "mode of inference"),
     ]
