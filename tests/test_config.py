@@ -125,7 +125,7 @@ def test_a_key_that_is_no_text_is_unknown_like_any_other(tmp_path):
     path.write_text("1: 2\n" + PARAMS.read_text())
     with pytest.raises(UsageError, match="there is no section 'pretrian'"):
         load("pretrian.steps=5", path=path)
-    with pytest.raises(UsageError, match="params.yaml: 1 is 1: keys should be strings"):
+    with pytest.raises(UsageError, match="1 is 1: keys should be strings"):
         load(path=path)
 
 

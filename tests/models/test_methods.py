@@ -32,7 +32,7 @@ def test_trains_a_step_saves_loads_and_sees_no_future(tiny_params, tiny_spec, tm
     model.eval()
     changed_BT = tokens_BT.clone()
     changed_BT[:, 12:] = torch.randint(257, (2, 8))
-    for mode in {model.train_mode, model.infer_mode}:
+    for mode in model.modes:
         state_BTD = model(tokens_BT, mode).state_BTD
         assert torch.equal(loaded(tokens_BT, mode).state_BTD, state_BTD)
         torch.testing.assert_close(model(changed_BT, mode).state_BTD[:, :12], state_BTD[:, :12], atol=1e-5, rtol=1e-4)

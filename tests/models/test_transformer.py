@@ -25,7 +25,7 @@ def test_no_position_sees_what_follows(tiny_params, seeded, method, norm, positi
     tokens_BT = torch.randint(50, (2, 20))
     changed_BT = tokens_BT.clone()
     changed_BT[:, 12:] = torch.randint(50, (2, 8))
-    for mode in {model.train_mode, model.infer_mode}:
+    for mode in model.modes:
         one, other = model(tokens_BT, mode).state_BTD, model(changed_BT, mode).state_BTD
         torch.testing.assert_close(one[:, :12], other[:, :12], atol=1e-5, rtol=1e-4)
         assert not torch.allclose(one[:, 12:], other[:, 12:])
