@@ -58,13 +58,12 @@ def _with_cell(command: Any) -> Any:
 
 
 def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = None) -> Any:
-    """Params; with a method, the settings of the others do not matter."""
+    """Params; of one method, if that is named, so that the others' settings need not fit."""
     from pipeline import config
     from pipeline.moe.layer import SETTINGS
     from stages.paths import Paths
 
-    chosen = (f"grid.methods=[{method}]",) if method else ()
-    return config.load(file or Paths.here().root / "params.yaml", SETTINGS, overrides + chosen)
+    return config.load(file or Paths.here().root / "params.yaml", SETTINGS, overrides, method)
 
 
 def _cell(params: Any, seed: int | None) -> Any:

@@ -42,7 +42,7 @@ vqmoe train --params presets/tiny.yaml --method smoe     # or one method, in a f
 ```
 
 `tiny` shows in a minute and a half that everything works. `evidence/text` compares all methods on the embedded corpus with two
-seeds, in about three hours of two cores; [EXPERIMENTS.md](EXPERIMENTS.md) has what came out. `paper/<corpus>-<model>` are the published settings of
+seeds; [EXPERIMENTS.md](EXPERIMENTS.md) has what came out. `paper/<corpus>-<model>` are the published settings of
 [arXiv 2411.19402](https://arxiv.org/abs/2411.19402): 4 layers of width 256 with 8 heads of 64, 16 experts of 512 and 16 codes,
 post-norm, dropout 0.1; Adam with beta2 0.999 from 3.5e-4 by a cosine to 0, no ramp, gradients clipped at 0.25, 100,000 steps of
 44 (enwik8, text8), 22 (WikiText-103) or 11 (One Billion Words) segments of 512 tokens; seed 1111; scored 128 tokens at a time.
@@ -60,6 +60,7 @@ in bits per character, words in perplexity. `-large` is twice as deep and wide; 
 - Vocabularies of words are cut for an adaptive softmax with weights of its own (at 20,000, 40,000 and 200,000 for WikiText-103;
   60,000, 100,000 and 640,000 for One Billion Words); the released scripts compute the full softmax. One Billion Words comes
   without a vocabulary: it is made of the 793,471 most frequent entries of the training split, as many as the published one has.
+- All methods have the schedule above. HyperRouter's own paper trains with a learning rate of 2.5e-4 for 400,000 steps of 22.
 - How often and on how much of the held-out text is validated, and all of `robustness`, is ours.
 
 ## Parameters
@@ -84,8 +85,8 @@ A table for all presets whose models differ in the vocabulary alone.
 
 {costs}## Other tasks
 
-The paper's presets fine-tune SST-2. For another task change all of these, with `-S data.task=sst5 -S finetune.steps=2670` and so on after
-`dvc exp run`, which keeps the language models, or after `vqmoe train`:
+The paper's presets fine-tune SST-2. For another task change all of these, with `-S data.task=sst5 -S finetune.steps=2670` and so
+on after `dvc exp run`, which keeps the language models, or after `vqmoe train`:
 
 {tasks}
 Steps are the paper's epochs, times the batches of one epoch. IMDB and BANKING77 come without a validation split: a tenth of each

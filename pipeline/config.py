@@ -246,27 +246,31 @@ class _Nested(Exception):
         self.name, self.error = name, error
 
 
-def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterable[str] = ()) -> Params:
+def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterable[str] = (), method: str | None = None) -> Params:
     """Read and validate params.yaml.
 
     `settings` maps each method's name to the class of its settings; `overrides` are `section.key=value`, the value
-    read as YAML. Numbers follow YAML 1.2, so `1e-4` and `0.0001` are the same number.
+    read as YAML. Numbers follow YAML 1.2, so `1e-4` and `0.0001` are the same number. With `method`, the grid has this one.
     Raises UsageError with one line that names the key, the value found and what is allowed.
     """
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such params file; name one with --params, or run inside the repository") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
-    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: something like a date, but none
+    try:
+        raw = YAML(typ="safe").load(text)
+    except _BAD_YAML as error:
         raise UsageError(f"{path}: not valid YAML{_problem(error)}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: holds {type(raw).__name__}, expected sections ({', '.join(Params.model_fields)})")
     for override in overrides:
         _apply(raw, override)
+    if method is not None and isinstance(raw.get("grid"), dict):
+        raw["grid"]["methods"] = [method]
     try:
         return Params.model_validate(raw, context={"settings": settings})
     except ValidationError as error:
@@ -313,16 +317,20 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise UsageError(f"-S {override}: expected section.key=value, for example -S pretrain.steps=200")
     try:
         value = YAML(typ="safe").load(text)
-    except (YAMLError, ValueError):
+    except _BAD_YAML:
         raise UsageError(f"-S {override}: '{text}' is not a YAML value") from None
     *sections, last = key.strip().split(".")
     part = raw
     for section in sections:
         if not isinstance(part.get(section), dict):
-            raise UsageError(f"-S {override}: there is no section '{section}'{_nearest(section, part)}")
+            known = [key for key, value in part.items() if isinstance(value, dict)]
+            raise UsageError(f"-S {override}: there is no section '{section}'{_nearest(section, known)}")
         part = part[section]
     part[last] = value
 
+
+# What the parser raises; beside its own errors those of a value that is none of its kind, such as a date or `!!int ""`.
+_BAD_YAML = (YAMLError, ValueError, LookupError, RecursionError)
 
 _SECTION = "input should be a section of keys and values"
 # Where pydantic speaks of Python's types, YAML's words.

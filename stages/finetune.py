@@ -24,9 +24,9 @@ from stages.paths import Cell, Paths
 from stages.pretrain import language_model
 
 
-def classifier(params: SimpleNamespace, cell: Cell, vocabulary: int, task: Task) -> Spec:
+def classifier(params: SimpleNamespace, cell: Cell, tokenizer: Tokenizer, task: Task) -> Spec:
     """The description of this experiment's classifier, which `robustness` expects to find."""
-    spec = language_model(params, cell, vocabulary)
+    spec = language_model(params, cell, tokenizer)
     return spec.model_copy(
         update={
             "kind": "classifier",
@@ -49,11 +49,11 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         )
         for split, passages in chosen.items()
     }
-    spec = classifier(params, cell, tokenizer.size, task)
+    spec = classifier(params, cell, tokenizer, task)
     seed_everything(cell.seed, "finetune")
     model = build(spec)
     model.backbone.load_state_dict(
-        checkpoint.load(paths.output("warmup", cell), language_model(params, cell, tokenizer.size)).state_dict()
+        checkpoint.load(paths.output("warmup", cell), language_model(params, cell, tokenizer)).state_dict()
     )
     for layer in model.backbone.moe_layers:
         layer.freeze_assignment()
@@ -73,6 +73,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         metrics["scratch"] = _scores(classify(fresh, examples["test"].ids, tokenizer.pad, mode), examples["test"])
     with output_folder(paths.output("finetune", cell)) as folder:
         checkpoint.save(folder, model, spec)
+        tokenizer.save(folder / "tokenizer.json")
         write_rows(folder / "history.csv", fitted.history)
         confusion, classes = _by_class(test_PL, examples["test"], task.labels)
         write_rows(folder / "confusion.csv", confusion)

@@ -18,9 +18,16 @@ from pipeline.training.validation import RoutingTally, held_out, score_tokens
 from stages.paths import Cell, Paths
 
 
-def language_model(params: SimpleNamespace, cell: Cell, vocabulary: int) -> Spec:
+def language_model(params: SimpleNamespace, cell: Cell, tokenizer: Tokenizer) -> Spec:
     """The description of this experiment's language model, which `warmup` and `robustness` expect to find."""
-    return Spec(kind="language-model", method=cell.method, settings=params.method, model=params.model, vocabulary=vocabulary)
+    return Spec(
+        kind="language-model",
+        method=cell.method,
+        settings=params.method,
+        model=params.model,
+        vocabulary=tokenizer.size,
+        tokenizer=tokenizer.digest,
+    )
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
@@ -29,7 +36,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     unit = tokenizer.unit
     tokens = {split: open_tokens(paths.data / f"{split}.npy", tokenizer.size) for split in ("train", "valid", "test")}
-    spec = language_model(params, cell, tokenizer.size)
+    spec = language_model(params, cell, tokenizer)
     seed_everything(cell.seed, "pretrain")
     model = build(spec)
     mode = model.train_mode
@@ -68,5 +75,6 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     }
     with output_folder(paths.output("pretrain", cell)) as folder:
         checkpoint.save(folder, model, spec)
+        tokenizer.save(folder / "tokenizer.json")
         write_rows(folder / "history.csv", fitted.history)
     return metrics

@@ -35,7 +35,7 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         for name, figure in figures.items():
             plots.save(figure, folder / f"{name}.png", params.report.dpi)
     with output_file(paths.report / "report.md") as file:
-        file.write_text(_text(params, table, list(figures)), encoding="utf-8")
+        file.write_text(_text(params, table, _modes(severity), list(figures)), encoding="utf-8")
     table.show()
     print(f"Report: {paths.report / 'report.md'}\nCompare the runs in the browser: vqmoe ui")
     return {}
@@ -137,7 +137,15 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
+def _modes(severity: list[dict[str, Any]]) -> str:
+    """The mode of each method in pre-training and, if it is another, after it."""
+    modes: dict[str, dict[str, None]] = {}
+    for row in severity:
+        modes.setdefault(row["method"], {})[row["mode"]] = None
+    return ", ".join(f"{method} {' then '.join(found)}" for method, found in modes.items())
+
+
+def _text(params: SimpleNamespace, table: Table, modes: str, figures: list[str]) -> str:
     seeds = ", ".join(map(str, params.grid.seeds))
     caution = (
         "One seed: no interval can be given, and small differences say nothing."
@@ -153,11 +161,10 @@ def _text(params: SimpleNamespace, table: Table, figures: list[str]) -> str:
         table.markdown(),
         "",
         "Bits per character or perplexity: lower is better; compressors see the test split only"
-        f"{unknown}. VQMoE pre-trains with both paths and is used with the discrete path alone; smoe_dropout and hyperrouter "
-        "pre-train on the way to all experts and are used with the router's top-k; other methods have one mode. Lost to noise: "
-        "mean over all corruptions and severities, positive when noise hurts; experts unchanged: share of a classifier's "
-        "assignments that noise leaves as they were (fewer experts per token or an uneven load raise it by chance). A classifier "
-        "reads the first model.context tokens of a passage, TF-IDF all of it. Data of the plots: data/.",
+        f"{unknown}. Modes of pre-training and after it: {modes}. Lost to noise: mean over all corruptions and severities, "
+        "positive when noise hurts; experts unchanged: share of a classifier's assignments that noise leaves as they were (fewer "
+        "experts per token or an uneven load raise it by chance). A classifier reads the first model.context tokens of a "
+        "passage, TF-IDF all of it. Data of the plots: data/.",
         "",
         *(f"![{name}](figures/{name}.png)" for name in figures),
         "",

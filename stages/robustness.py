@@ -46,12 +46,12 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.data / "task.jsonl")
-    spec = language_model(params, cell, tokenizer.size)
+    spec = language_model(params, cell, tokenizer)
     language_models = {
         name: checkpoint.load(paths.output(stage, cell), spec)
         for name, stage in (("pretrained", "pretrain"), ("warmed-up", "warmup"))
     }
-    tuned = checkpoint.load(paths.output("finetune", cell), classifier(params, cell, tokenizer.size, task))
+    tuned = checkpoint.load(paths.output("finetune", cell), classifier(params, cell, tokenizer, task))
     symbols, characters = tokenizer.symbols, alphabet(params.data.view)
     # Where a token is no single character, a language model meets noise on tokens, a classifier on the text they are made of.
     units = np.arange(tokenizer.pad) if symbols is None else characters
@@ -92,7 +92,8 @@ def _language(
     clean_segments = segments(open_tokens(paths.data / "test.npy", tokenizer.size), context, limit)
     inputs = clean_segments[:, :-1]
     clean = language_trace(model, texts(inputs, context, pad), clean_segments, mode)
-    rows: list[Row] = [_row("clean", 0.0, bits(clean), 0.0, 1.0)]
+    chooses = _chooses(model)
+    rows: list[Row] = [_row("clean", 0.0, bits(clean), 0.0, 1.0 if chooses else None)]
     for noise in noises:
         given = texts(inputs, context, pad, noise)
         noisy = language_trace(model, given, clean_segments, mode)
@@ -102,7 +103,7 @@ def _language(
                 noise.rate,
                 bits(noisy),
                 bits_degradation(clean, noisy, given.source_ST),
-                consistency(clean, noisy, given.source_ST),
+                consistency(clean, noisy, given.source_ST) if chooses else None,
             )
         )
         progress.advance()
@@ -128,7 +129,9 @@ def _classifier(
     labels_P = torch.as_tensor(encoded.labels)
     clean = classifier_trace(model, texts(encoded.ids, context, tokenizer.pad), mode)
     reference = accuracy(clean, labels_P)
-    rows: list[Row] = [_row("clean", 0.0, reference, 0.0, 1.0)]
+    # Tokens made of noisy text have no clean ones to be compared with.
+    aligned = tokenizer.symbols is not None and _chooses(model.backbone)
+    rows: list[Row] = [_row("clean", 0.0, reference, 0.0, 1.0 if aligned else None)]
     for noise in noises:
         if tokenizer.symbols is None:
             given = texts(_noisy(passages, task, tokenizer, params.data.view, noise, context), context, tokenizer.pad)
@@ -136,8 +139,7 @@ def _classifier(
             given = texts(encoded.ids, context, tokenizer.pad, noise)
         noisy = classifier_trace(model, given, mode)
         score = accuracy(noisy, labels_P)
-        # Tokens made of noisy text have no clean ones to be compared with.
-        same = None if tokenizer.symbols is None else consistency(clean, noisy, given.source_ST)
+        same = consistency(clean, noisy, given.source_ST) if aligned else None
         rows.append(_row(noise.kind, noise.rate, score, reference - score, same))
         progress.advance()
     if params.data.view == "text27" and tokenizer.kind == "bytes":
@@ -145,6 +147,11 @@ def _classifier(
         score = accuracy(classifier_trace(model, texts(raw.ids, context, tokenizer.pad), mode), labels_P)
         rows.append(_row("shift", 1.0, score, reference - score, None))
     return rows
+
+
+def _chooses(model: Transformer) -> bool:
+    """Whether a token can go to one expert or another."""
+    return model.moe_layers[0].experts.count > 1
 
 
 def _noisy(

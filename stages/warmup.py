@@ -34,7 +34,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         for split in ("train", "valid")
     }
     seed_everything(cell.seed, "warmup")
-    spec = language_model(params, cell, tokenizer.size)
+    spec = language_model(params, cell, tokenizer)
     model = checkpoint.load(paths.output("pretrain", cell), spec)
     mode = model.infer_mode
     valid = held_out(model, tokens["valid"], settings.validate_tokens)
@@ -62,6 +62,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         after, best_step = before, 0
     with output_folder(paths.output("warmup", cell)) as folder:
         checkpoint.save(folder, model, spec)
+        tokenizer.save(folder / "tokenizer.json")
         write_rows(folder / "history.csv", fitted.history)
     return {"best_step": best_step, "before": before, "after": after}
 

@@ -203,7 +203,10 @@ def test_other_seeds_give_other_models(vqmoe, workspace):
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
-        (["pretrain", "--method", "nosuch"], 2, ["method 'nosuch'", "vqmoe, smoe"]),
+        (["pretrain", "--method", "nosuch"], 2, ["params.yaml: method 'nosuch'", "vqmoe, smoe"]),
+        (["pretrain", "--method", ""], 2, ["method '' has no section"]),
+        (["pretrain", "--method", "smoe, xmoe"], 2, ["method 'smoe, xmoe' has no section"]),
+        (["pretrain", "--method", "a]"], 2, ["method 'a]' has no section"]),
         (["pretrain", "-S", "pretrain.stepz=1"], 2, ["unknown key pretrain.stepz", "did you mean steps?"]),
         (["pretrain", "-S", "model.norm=middle"], 2, ["model.norm is 'middle'"]),
         (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file", "name one with --params"]),
@@ -304,12 +307,24 @@ def test_a_checkpoint_of_another_configuration(vqmoe, workspace):
     assert vqmoe("prepare").exit_code == 0
     assert vqmoe("pretrain").exit_code == 0
     assert_one_line(
-        vqmoe("warmup", overrides=["model.expert_width=24"]), 1, "model.json: model.expert_width is 16 there and 24 in params"
+        vqmoe("warmup", overrides=["model.expert_width=24"]), 1, "model.json: model.expert_width is 16 there and 24 here"
     )
+    tokenizer = "outputs/data/tokenizer.json"
+    assert (workspace / "outputs/pretrain/vqmoe-s0/tokenizer.json").read_bytes() == (workspace / tokenizer).read_bytes()
     weights = workspace / "outputs/pretrain/vqmoe-s0/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert_one_line(vqmoe("warmup"), 1, "model.safetensors: damaged")
     assert not (workspace / "outputs/warmup").exists() or not list((workspace / "outputs/warmup").iterdir())
+
+
+def test_a_model_does_not_read_the_ids_of_another_tokenizer(vqmoe, workspace, corpus_folder):
+    words = ("data.tokenizer=words", "data.view=bytes", "data.vocabulary=8", "robustness.kinds=[swap]")
+    for stage in ("prepare", "pretrain"):
+        assert vqmoe(stage, overrides=words).exit_code == 0
+    train = corpus_folder / "train.txt"
+    train.write_text(" ".join(reversed(train.read_text().replace("alpha", "omega").split())), encoding="utf-8")
+    assert vqmoe("prepare", overrides=words).exit_code == 0
+    assert_one_line(vqmoe("warmup", overrides=words), 1, "model.json: tokenizer is", "here; run the stage that makes it again")
 
 
 def test_data_prepared_with_other_params(vqmoe, workspace):

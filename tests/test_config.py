@@ -87,6 +87,10 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("data.tokenizer=words", ["robustness.kinds has keyboard", "words", "drop it"]),
         ("steps", ["-S steps", "section.key=value"]),
         ("pretrain.steps=[", ["not a YAML value"]),
+        ("pretrain.steps=" + 1200 * "[", ["not a YAML value"]),
+        ('pretrain.steps=!!int ""', ["not a YAML value"]),
+        ("pretrain.steps=!!bool maybe", ["not a YAML value"]),
+        ("model.layers.x=3", ["there is no section 'layers'"]),
         ("data.corpus=2020-13-45", ["not a YAML value"]),
     ],
 )
@@ -104,6 +108,7 @@ def test_bad_values_are_one_line_that_names_key_value_and_remedy(override, parts
     [
         (b"model: [", "not valid YAML, line 1: expected the node content"),
         (b"model: 1\nmodel: 2\n", "not valid YAML, line 2: found duplicate key"),
+        (b"model: !!bool x\n", "not valid YAML"),
         (b"model: 2020-13-45\n", "not valid YAML: month must be in 1..12"),
         (b"- 1\n", "holds list"),
         (b"", "holds NoneType"),

@@ -6,6 +6,7 @@
 `bpe`: byte pairs, merged inside words (GPT-2's rule); every byte is an entry, so no text is unknown.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -104,6 +105,11 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         path.write_text(self._model.to_str(pretty=True) + "\n", encoding="utf-8")
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of what makes text into ids."""
+        return hashlib.sha256(self._model.to_str().encode()).hexdigest()
 
     @property
     def size(self) -> int:

@@ -54,7 +54,7 @@ def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], unit: 
     figure, grid = plt.subplots(
         rows,
         columns,
-        figsize=(3.1 * columns + 0.6, 2.7 * rows + 1),
+        figsize=(max(5, 3.1 * columns + 0.6), 2.7 * rows + 1),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -75,19 +75,19 @@ def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], unit: 
         axes.set_ylabel(ylabel)
     figure.suptitle(title)
     # Below the panels: in one of them it would hide the lines of many methods.
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, 2 * columns), frameon=False)
     return _finish(figure)
 
 
 def share_maps(shares: Mapping[str, np.ndarray], what: str) -> Figure:
-    """A panel per model: share of the tokens (percent) per layer (rows) and expert or code (columns)."""
+    """A panel per model: share of assignments or tokens (percent) per layer (rows) and expert or code (columns)."""
     layers, width = (max(array.shape[axis] for array in shares.values()) for axis in (0, 1))
     columns = min(2, len(shares))
     rows = -(-len(shares) // columns)
     figure, grid = plt.subplots(
         rows,
         columns,
-        figsize=(columns * max(4.0, 0.45 * width + 1) + 1, rows * (0.42 * layers + 0.7) + 0.3),
+        figsize=(columns * min(max(4.0, 0.45 * width + 1), 12) + 1, rows * (0.42 * layers + 0.7) + 0.3),
         squeeze=False,
         layout="constrained",
     )
@@ -101,7 +101,9 @@ def share_maps(shares: Mapping[str, np.ndarray], what: str) -> Figure:
     for axes in list(grid.flat)[len(shares) :]:
         axes.set_visible(False)
     figure.supxlabel(what)
-    figure.colorbar(image, ax=list(grid.flat), aspect=40, label="share of tokens, %")
+    # A token has one code, but goes to several experts.
+    counted = "tokens" if what == "code" else "assignments"
+    figure.colorbar(image, ax=list(grid.flat), aspect=40, label=f"share of {counted}, %")
     return figure
 
 

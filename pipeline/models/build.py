@@ -16,7 +16,8 @@ from pipeline.moe.routers.base import Settings
 class Spec(BaseModel):
     """Everything needed to build a model; stored beside its weights and compared when they are loaded.
 
-    The last three describe a classifier's head; a language model has none.
+    `tokenizer` is the digest of the one whose ids the model reads: other ids of as large a vocabulary mean other text. The last
+    three describe a classifier's head; a language model has none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,6 +27,7 @@ class Spec(BaseModel):
     settings: Any
     model: Model
     vocabulary: int
+    tokenizer: str | None = None
     labels: tuple[str, ...] | None = None
     pooling: Literal["last", "mean"] | None = None
     head_dropout: float | None = None

@@ -1,7 +1,6 @@
 """Recording of runs in MLflow. The only package that imports mlflow, and only once a run starts: the import takes 2 s."""
 
-from pipeline.tracking.run import Run, start
-from pipeline.tracking.store import tracking_uri
+from pipeline.tracking.run import start
 from pipeline.tracking.ui import serve
 
-__all__ = ["Run", "serve", "start", "tracking_uri"]
+__all__ = ["serve", "start"]

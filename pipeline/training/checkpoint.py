@@ -34,7 +34,7 @@ def load(folder: Path, spec: Spec) -> nn.Module:
     found, wanted = flat(found), flat(wanted)
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
-            raise Failure(f"{path}: {key} is {found.get(key)!r} there and {wanted.get(key)!r} in params; {REMEDY}")
+            raise Failure(f"{path}: {key} is {found.get(key)!r} there and {wanted.get(key)!r} here; {REMEDY}")
     model = build(spec)
     weights = folder / "model.safetensors"
     try:

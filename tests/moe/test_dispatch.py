@@ -1,7 +1,10 @@
+import copy
+
 import torch
 
 from pipeline.moe.dispatch import apply_experts
 from pipeline.moe.experts import Experts
+from tests.moe.compare import assert_same_gradients, over_cases
 from tests.moe.reference import expert
 
 
@@ -12,13 +15,22 @@ def _naive(experts, x, index_NK):
     )
 
 
-def test_one_input_per_token_and_one_per_assignment():
-    torch.manual_seed(0)
-    experts = Experts(5, 8, 12)
+@over_cases
+def test_one_input_per_token_and_one_per_assignment(case):
+    torch.manual_seed(case.seed)
+    experts = Experts(case.experts, 8, 12)
     torch.nn.init.normal_(experts.b1_EH)
-    index_NK = torch.randint(4, (17, 3))  # expert 4 stays empty
-    for x in (torch.randn(17, 8), torch.randn(17, 3, 8)):
-        torch.testing.assert_close(apply_experts(experts, x, index_NK), _naive(experts, x, index_NK), atol=1e-5, rtol=1e-4)
+    score_NE = torch.rand(1 if case.same else case.tokens, case.experts).expand(case.tokens, -1)
+    index_NK = score_NE.topk(case.top_k).indices
+    exact = copy.deepcopy(experts).double()
+    for x in (torch.randn(case.tokens, 8), torch.randn(case.tokens, case.top_k, 8)):
+        fast_x, exact_x = x.clone().requires_grad_(), x.double().requires_grad_()
+        fast, slow = apply_experts(experts, fast_x, index_NK), _naive(exact, exact_x, index_NK)
+        torch.testing.assert_close(fast.double(), slow, atol=1e-5, rtol=1e-4)
+        upstream = torch.randn_like(slow)
+        (fast * upstream.float()).sum().backward()
+        (slow * upstream).sum().backward()
+        assert_same_gradients(experts, fast_x, exact, exact_x)
 
 
 def test_gradient_of_an_empty_expert_is_zero_and_bits_repeat():

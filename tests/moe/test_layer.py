@@ -46,10 +46,10 @@ def test_a_dense_layer_matches_the_loops(case):
 @pytest.mark.parametrize(
     ("mode", "naive"), [("both", reference.both), ("router", reference.smoe), ("discrete", reference.discrete)]
 )
-def test_vqmoe_matches_the_loops_in_every_mode(source, combine, mode, naive):
-    torch.manual_seed(1)
-    made = layer("vqmoe", input=source, combine=combine, top_k=2 if combine == "gate" else 1)
-    assert_matches(made, mode, naive, torch.randn(30, 8))
+@over_cases
+def test_vqmoe_matches_the_loops_in_every_mode(source, combine, mode, naive, case):
+    made = case.layer("vqmoe", quantizer="nearest", codes=2 * case.experts, input=source, combine=combine)
+    assert_matches(made, mode, naive, case.inputs()[0])
 
 
 @over_cases

@@ -40,14 +40,14 @@ def test_a_language_model_with_memory_and_adaptive_scores_round_trips(tmp_path, 
     loaded, tokens_BT = checkpoint.load(tmp_path, spec), torch.randint(50, (2, 9))
     one, other = (made.nats(made(tokens_BT[:, :-1], "router").state_BTD, tokens_BT[:, 1:]) for made in (model, loaded))
     assert torch.equal(one, other)
-    with pytest.raises(Failure, match=r"model\.cutoffs is \[10, 30\] there and \[10\] in params"):
+    with pytest.raises(Failure, match=r"model\.cutoffs is \[10, 30\] there and \[10\] here"):
         checkpoint.load(tmp_path, tiny_spec("smoe", model=section.model_copy(update={"cutoffs": (10,)}), vocabulary=50))
 
 
 def test_another_configuration_names_the_key(saved, spec):
     folder, _ = saved
     other = spec.model_copy(update={"model": spec.model.model_copy(update={"width": 32})})
-    with pytest.raises(Failure, match=r"model\.json: model\.width is 16 there and 32 in params; run the stage"):
+    with pytest.raises(Failure, match=r"model\.json: model\.width is 16 there and 32 here; run the stage"):
         checkpoint.load(folder, other)
     with pytest.raises(Failure, match="labels is"):
         checkpoint.load(folder, spec.model_copy(update={"labels": ("a", "c")}))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.moe.layer import SETTINGS, build_layer
 from pipeline.moe.quantizers import QUANTIZERS
 from pipeline.moe.routers.base import Sizes
-from tests.moe.compare import assert_same_gradients
+from tests.moe.compare import assert_same_gradients, over_cases
 from tests.moe.quantizers import reference
 from tests.moe.test_layer import VQ
 
@@ -80,12 +80,11 @@ def test_nearest_code_against_loops_in_its_own_space(name, seeded):
 @EVERY
 @pytest.mark.parametrize("source", ["code", "blend", "residual"])
 @pytest.mark.parametrize(("mode", "naive"), [("both", reference.both), ("discrete", reference.discrete)])
-def test_vqmoe_matches_the_loops(name, source, mode, naive, seeded):
-    made = layer(name, input=source).eval()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+@over_cases
+def test_vqmoe_matches_the_loops(name, source, mode, naive, case):
+    made = case.layer("vqmoe", quantizer=name, codes=2 * case.experts, code_width=3, input=source, combine="sum")
     exact = copy.deepcopy(made).double()
-    fast_x = torch.randn(30, 8, requires_grad=True)
+    fast_x = case.inputs()[0].requires_grad_()
     exact_x = fast_x.detach().double().requires_grad_()
     fast, slow = made(fast_x, mode), naive(exact, exact_x)
     torch.testing.assert_close(fast.y_ND.double(), slow, atol=1e-4, rtol=1e-3)
