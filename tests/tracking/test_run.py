@@ -198,9 +198,9 @@ def test_a_run_id_in_the_environment_is_not_taken_over(tmp_path, begin, monkeypa
 
 
 def test_where_runs_go(tmp_path, monkeypatch):
-    assert tracking.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/.mlflow/mlflow.db"
+    assert store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/.mlflow/mlflow.db"
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "real"))
-    assert tracking.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/real/.mlflow/mlflow.db"
+    assert store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/real/.mlflow/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")
-    assert tracking.tracking_uri(tmp_path) == "http://localhost:1"
+    assert store.tracking_uri(tmp_path) == "http://localhost:1"
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://localhost:1"
