@@ -15,7 +15,7 @@ Workflow:
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
   vqmoe preset                      other experiments, those of the paper among them
 Stages, in order, as `dvc repro` calls them:
-  prepare > pretrain > warmup > finetune > robustness > report
+  prepare > pretrain > warmup > finetune > robustness > report, and compute
 Params: params.yaml, every key with a comment; add methods and seeds under `grid`.
 Outputs: outputs/ (tokens, models), results/ (metrics, run ids), report/ (tables, plots).
 """
@@ -57,29 +57,34 @@ def _with_cell(command: Any) -> Any:
     return click.option("--method", help="A section under methods. Default: the first of grid.methods.")(command)
 
 
-def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = None) -> Any:
-    """Params; of one method, if that is named, so that the others' settings need not fit."""
+def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = None, seed: int | None = None) -> Any:
+    """Params; with a grid of one method, if that is named, so that the others' settings need not fit, or of one seed."""
     from pipeline import config
     from pipeline.moe.layer import SETTINGS
     from stages.paths import Paths
 
+    if seed is not None:
+        overrides = (*overrides, f"grid.seeds=[{seed}]")
     return config.load(file or Paths.here().root / "params.yaml", SETTINGS, overrides, method)
 
 
-def _cell(params: Any, seed: int | None) -> Any:
-    from stages.paths import Cell
+def _execute(name: str, params: Any, task: str | None = None) -> None:
+    """Run a stage in the repository, of a cell where it has cells: the first of the grid."""
+    from pipeline.errors import UsageError
+    from stages.execute import execute
+    from stages.paths import Paths, cells
 
-    return Cell(params.grid.methods[0], params.grid.seeds[0] if seed is None else seed)
+    if task is not None and task not in params.data.tasks:
+        raise UsageError(f"task '{task}' is not one of data.tasks; there are: {', '.join(params.data.tasks)}")
+    tasks = params.data.tasks if task is None else [task]
+    execute(name, params, Paths.here(), next(iter(cells(name, params.grid.methods, params.grid.seeds, tasks)), None))
 
 
 def _stage(name: str, text: str) -> None:
     @main.command(name, help=text)
     @_with_params
     def command(file: Path | None, overrides: tuple[str, ...]) -> None:
-        from stages.execute import execute
-        from stages.paths import Paths
-
-        execute(name, _load(file, overrides), Paths.here())
+        _execute(name, _load(file, overrides))
 
 
 def _grid_stage(name: str, text: str) -> None:
@@ -87,19 +92,31 @@ def _grid_stage(name: str, text: str) -> None:
     @_with_params
     @_with_cell
     def command(file: Path | None, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
-        from stages.execute import execute
-        from stages.paths import Paths
-
-        params = _load(file, overrides, method)
-        execute(name, params, Paths.here(), _cell(params, seed))
+        _execute(name, _load(file, overrides, method, seed))
 
 
-_stage("prepare", "Write tokens, tokenizer, task and manifest to outputs/data.")
+def _task_stage(name: str, text: str) -> None:
+    @main.command(name, help=text)
+    @_with_params
+    @_with_cell
+    @click.option("--task", help="A name under data.tasks. Default: the first.")
+    def command(file: Path | None, overrides: tuple[str, ...], method: str | None, seed: int | None, task: str | None) -> None:
+        _execute(name, _load(file, overrides, method, seed), task)
+
+
+_stage("prepare", "Write tokens, tokenizer, tasks and manifest to outputs/data.")
 _grid_stage("pretrain", "Pre-train a language model with one method.")
-_grid_stage("warmup", "Warm up the codebook (or router) on the fine-tuning domain, backbone frozen.")
-_grid_stage("finetune", "Fine-tune on the labelled task, in the mode of inference.")
-_grid_stage("robustness", "Score language model and classifier under noise and shift.")
-_stage("report", "Compare the methods: tables and plots in report/.")
+_task_stage("warmup", "Warm up the codebook (or router) on a fine-tuning domain, backbone frozen.")
+_task_stage("finetune", "Fine-tune on a labelled task, in the mode of inference.")
+_grid_stage("robustness", "Score language model and classifiers under noise, attack and shift, and look into the routing.")
+_stage("report", "Compare the methods: claims, tables and plots in report/.")
+
+
+@main.command(help="Measure FLOPs, parameters, throughput and memory of a method in its modes.")
+@_with_params
+@click.option("--method", help="A section under methods. Default: the first of grid.methods.")
+def compute(file: Path | None, overrides: tuple[str, ...], method: str | None) -> None:
+    _execute("compute", _load(file, overrides, method))
 
 
 @main.command(help="All stages of one method in one process, in a folder of their own under runs/.")
@@ -107,20 +124,16 @@ _stage("report", "Compare the methods: tables and plots in report/.")
 @_with_cell
 def train(file: Path | None, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
     from pipeline.config import fingerprint
-    from pipeline.evaluation.tables import comparison
     from stages.execute import train as train_cell
-    from stages.paths import Paths
+    from stages.paths import Cell, Paths
 
-    params = _load(file, overrides, method)
-    cell = _cell(params, seed)
+    params = _load(file, overrides, method, seed)
+    cell = Cell(params.grid.methods[0], params.grid.seeds[0])
     here = Paths.here()
     sections = params.select(set(type(params).model_fields) - {"grid", "methods", "tracking", "report"}, cell.method)
     out = here.root / "runs" / f"{cell.name}-{fingerprint(sections)[:8]}"
-    results = train_cell(params, Paths(here.root, out), cell)
-    references = results.pop("prepare")["metrics"]["references"]
-    cells = {cell.name: {stage: [result["metrics"]] for stage, result in results.items()}}
-    comparison(cells, references).show()
-    click.echo(f"Models and results: {out}\nCompare the runs in the browser: vqmoe ui")
+    train_cell(params, Paths(here.root, out), cell)
+    click.echo(f"Models and results: {out}")
 
 
 @main.command(help="Print a preset: a whole params.yaml. Without NAME, list them.")

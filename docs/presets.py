@@ -85,8 +85,8 @@ A table for all presets whose models differ in the vocabulary alone.
 
 {costs}## Other tasks
 
-The paper's presets fine-tune SST-2. For another task change all of these, with `-S data.task=sst5 -S finetune.steps=2670` and so
-on after `dvc exp run`, which keeps the language models, or after `vqmoe train`:
+The paper's presets fine-tune SST-2. For another task change all of these, with `-S data.tasks={sst5: sst5} -S
+finetune.steps=2670` and so on after `dvc exp run`, which keeps the language models, or after `vqmoe train`:
 
 {tasks}
 Steps are the paper's epochs, times the batches of one epoch. IMDB and BANKING77 come without a validation split: a tenth of each
@@ -182,7 +182,7 @@ def count(module: nn.Module) -> int:
 
 def tasks() -> str:
     """Table of overrides for each task."""
-    heads = ["data.task", "classes", "training examples", "epochs", "finetune.batch", "finetune.learning_rate"]
+    heads = ["data.tasks", "classes", "training examples", "epochs", "finetune.batch", "finetune.learning_rate"]
     heads += ["finetune.steps", "finetune.validate_every"]
     rows = []
     for name, (classes, examples, rate, epochs, batch) in TASKS.items():

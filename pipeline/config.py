@@ -34,12 +34,21 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
+# A name that a folder of results and a stage of DVC can have.
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+# What results call the language model, text without noise and the raw view.
+RESERVED = {"language", "clean", "raw"}
 
 # torch's grouped matrix product asks for rows of whole 16 bytes, which are 8 numbers of the smaller types.
 GROUPED = 8
 
-Corruption = Literal["swap", "delete", "insert", "replace", "keyboard"]
+Corruption = Literal["swap", "delete", "insert", "replace", "keyboard", "word", "case", "whitespace"]
+
+
+# Noise that tokens other than single characters, or these 27 symbols, cannot have.
+_LETTERS_NEEDED = {name: ("keyboard", "case", "whitespace") for name in ("words", "bpe")} | {"characters": ("case",)}
 
 
 def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -79,7 +88,15 @@ class Data(Section):
     view: Literal["text27", "bytes"]
     tokenizer: Literal["bytes", "characters", "words", "bpe"]
     vocabulary: Annotated[int, Field(ge=0)]
-    task: Name
+    tasks: Annotated[dict[Key, Name], Field(min_length=1)]
+    shifts: dict[Key, Name]
+
+    @field_validator("tasks", "shifts")
+    @classmethod
+    def _no_reserved_name(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in RESERVED & value.keys():
+            raise ValueError(f"has the name '{name}', which results use for something else; choose another")
+        return value
 
     @model_validator(mode="after")
     def _tokenizer_fits(self) -> "Data":
@@ -168,10 +185,18 @@ class Robustness(Section):
     rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1), Rising]
     segments: Count
     passages: Count
+    attack_rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1), Rising]
+    attack_queries: Annotated[int, Field(ge=6)]
+    attack_texts: Count
+
+
+class Compute(Section):
+    repeats: Annotated[int, Field(ge=3)]
 
 
 class Report(Section):
     dpi: Annotated[int, Field(ge=50, le=600)]
+    resamples: Annotated[int, Field(ge=100)]
 
 
 class Tracking(Section):
@@ -190,6 +215,7 @@ class Params(Section):
     warmup: Warmup
     finetune: Finetune
     robustness: Robustness
+    compute: Compute
     report: Report
     tracking: Tracking
 
@@ -214,8 +240,9 @@ class Params(Section):
             self.method(name)
         if self.finetune.crop > self.model.context:
             raise ValueError(f"finetune.crop is {self.finetune.crop}: at most model.context ({self.model.context})")
-        if self.data.tokenizer in ("words", "bpe") and "keyboard" in self.robustness.kinds:
-            raise ValueError(f"robustness.kinds has keyboard: tokens of {self.data.tokenizer} have no neighbouring keys; drop it")
+        for kind in self.robustness.kinds:
+            if kind in _LETTERS_NEEDED.get(self.data.tokenizer, ()):
+                raise ValueError(f"robustness.kinds has {kind}: impossible with data.tokenizer {self.data.tokenizer}; drop it")
         return self
 
     def method(self, name: str) -> Any:
@@ -232,8 +259,15 @@ class Params(Section):
         return self.methods[name]
 
     def select(self, sections: Iterable[str], method: str | None = None) -> SimpleNamespace:
-        """Only the named sections, and one method's settings as `.method`: a stage cannot read what it does not declare."""
-        chosen = SimpleNamespace(**{name: getattr(self, name) for name in sections})
+        """Only the named sections, or of one a key (`data.view`), and one method's settings as `.method`.
+
+        A stage cannot read what it does not declare.
+        """
+        chosen = SimpleNamespace()
+        for name in sections:
+            section, _, key = name.partition(".")
+            value = getattr(self, section)
+            setattr(chosen, section, SimpleNamespace(**{key: getattr(value, key)}) if key else value)
         if method is not None:
             chosen.method = self.method(method)
         return chosen

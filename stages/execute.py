@@ -12,14 +12,15 @@ from pipeline.data.corpora import exists, source
 from pipeline.data.tasks import task_source
 from pipeline.errors import Failure
 from pipeline.files import read_json, write_json
-from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths, read_result
+from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths, cells, read_result
 
 # Files of outputs/data each stage reads for its own purpose, and what for: recorded as the run's datasets.
 DATASETS = {
     "pretrain": [("train.npy", "training"), ("test.npy", "test")],
-    "warmup": [("task.jsonl", "training")],
-    "finetune": [("task.jsonl", "training")],
-    "robustness": [("test.npy", "test"), ("task.jsonl", "test")],
+    "warmup": [("tasks", "training")],
+    "finetune": [("tasks", "training")],
+    "robustness": [("test.npy", "test"), ("tasks", "test")],
+    "compute": [],
     "report": [],
 }
 
@@ -31,7 +32,8 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
     for path in inputs:
         if not path.exists():
             raise Failure(f"{path}: not found; run the stage that makes it first (`dvc repro`, or `vqmoe train` for all stages)")
-    shown = flat({"data": params.data}) | flat(chosen) | ({"method": cell.method, "seed": cell.seed} if cell else {})
+    place = {key: value for key, value in (cell._asdict() if cell else {}).items() if value is not None}
+    shown = flat({"data": params.data}) | flat(chosen) | place
     name = cell.name if cell else stage
     started = time.monotonic()
     with tracking.start(
@@ -41,11 +43,14 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         if stage != "prepare":
             profile = _manifest(params.data, paths)
             for file, context in DATASETS[stage]:
-                run.dataset(profile["task" if file == "task.jsonl" else "corpus"], paths.data / file, context, profile)
+                if file != "tasks":
+                    run.dataset(params.data.corpus, paths.data / file, context, profile)
+                for task in (cell.task,) if cell.task else params.data.tasks if file == "tasks" else ():
+                    run.dataset(params.data.tasks[task], paths.task(task), context, profile)
         body = importlib.import_module(f"stages.{stage}").run
         metrics = body(chosen, paths, cell, run.log) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
-        result = ({"method": cell.method, "seed": cell.seed} if cell else {}) | {"run_id": run.id, "metrics": metrics}
+        result = place | {"run_id": run.id, "metrics": metrics}
         if stage == "report":
             run.artifact(paths.report)
         else:
@@ -66,7 +71,8 @@ def _cost(started: float) -> dict[str, float]:
 
 def _sources(data: Any, paths: Paths) -> list[Path]:
     """Files or folders that corpus and task come from."""
-    return [path for path in (source(data.corpus, paths.root), task_source(data.task, paths.root)) if exists(path)]
+    corpora = [source(corpus, paths.root) for corpus in (data.corpus, *data.shifts.values())]
+    return [path for path in (*corpora, *(task_source(task, paths.root) for task in data.tasks.values())) if exists(path)]
 
 
 def _upstream_runs(stage: str, params: Params, paths: Paths, cell: Cell | None) -> dict[str, str]:
@@ -74,11 +80,11 @@ def _upstream_runs(stage: str, params: Params, paths: Paths, cell: Cell | None) 
     if stage == "prepare":
         return {}
     results = {"prepare": paths.result("prepare")}
-    if cell:
-        results |= {upstream: paths.result(upstream, cell) for upstream in UPSTREAM[stage]}
-    else:
-        cells = [Cell(method, seed) for method in params.grid.methods for seed in params.grid.seeds]
-        results |= {f"{upstream}.{one.name}": paths.result(upstream, one) for upstream in GRID_STAGES for one in cells}
+    methods, seeds = ((cell.method,), (cell.seed,)) if cell else (params.grid.methods, params.grid.seeds)
+    tasks = (cell.task,) if cell and cell.task else tuple(params.data.tasks)
+    for upstream in UPSTREAM[stage]:
+        for one in cells(upstream, methods, seeds, tasks):
+            results[upstream if cell and cell.task else f"{upstream}.{one.name}"] = paths.result(upstream, one)
     # A result file that is not there costs the tag, not the run: models may have come without it.
     return {name: read_result(path)["run_id"] for name, path in results.items() if path.exists()}
 
@@ -89,13 +95,14 @@ def _manifest(data: Any, paths: Paths) -> dict[str, Any]:
     manifest = read_json(path, remedy)
     if not isinstance(manifest, dict):
         raise Failure(f"{path}: holds {type(manifest).__name__}, expected the description of the data; {remedy}")
+    there = flat(manifest)
     for key, wanted in flat(data).items():
-        if manifest.get(key) != wanted:
-            raise Failure(f"{path}: {key} is {manifest.get(key)!r} there and {wanted!r} in params; {remedy}")
-    missing = [name for names in DATASETS.values() for name, _ in names if not (paths.data / name).exists()]
-    if missing:
-        raise Failure(f"{paths.data / missing[0]}: not found; {remedy}")
-    return {key: manifest.get(key) for key in ("corpus", "view", "task", "tokens", "examples")}
+        if there.get(key) != wanted:
+            raise Failure(f"{path}: {key} is {there.get(key)!r} there and {wanted!r} in params; {remedy}")
+    for file in (paths.data / "train.npy", paths.data / "test.npy", *map(paths.task, data.tasks)):
+        if not file.exists():
+            raise Failure(f"{file}: not found; {remedy}")
+    return {key: manifest.get(key) for key in ("corpus", "view", "tasks", "tokens", "examples")}
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -109,9 +116,11 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return result
 
 
-def train(params: Params, paths: Paths, cell: Cell) -> dict[str, dict[str, Any]]:
-    """All stages of one cell in this process, from the data on. Results by stage."""
-    results = {"prepare": execute("prepare", params, paths)}
-    for stage in GRID_STAGES:
-        results[stage] = execute(stage, params, paths, cell)
-    return results
+def train(params: Params, paths: Paths, cell: Cell) -> None:
+    """All stages of a method and seed, for all tasks, in this process."""
+    params = params.model_copy(update={"grid": type(params.grid)(methods=(cell.method,), seeds=(cell.seed,))})
+    execute("prepare", params, paths)
+    for stage in (*GRID_STAGES, "compute"):
+        for one in cells(stage, params.grid.methods, params.grid.seeds, params.data.tasks):
+            execute(stage, params, paths, one)
+    execute("report", params, paths)

@@ -40,7 +40,7 @@ def classifier(params: SimpleNamespace, cell: Cell, tokenizer: Tokenizer, task: 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token."""
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
-    task = read_task(paths.data / "task.jsonl")
+    task = read_task(paths.task(cell.task))
     chosen = task.splits | {"valid": spaced(task.splits["valid"], params.finetune.validate_passages)}
     examples = {
         # Training crops passages anew in every batch; scores are those of a passage's start.

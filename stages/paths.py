@@ -1,5 +1,6 @@
 """Where every stage reads and writes, and which params it may see; a test holds dvc.yaml to this."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,16 +9,19 @@ from pipeline.errors import Failure
 from pipeline.files import read_json
 
 GRID_STAGES = ("pretrain", "warmup", "finetune", "robustness")
+# Of these, the ones that have a cell for every task too.
+TASK_STAGES = ("warmup", "finetune")
 
 # Sections of params.yaml each stage declares (a grid stage also reads its method's section). `tracking` says only
-# where runs are recorded, changes no result, and so is no dependency of any stage. Pre-training reads the tokens alone:
-# another task trains no language model again.
+# where runs are recorded, changes no result, and so is no dependency of any stage. Pre-training reads the tokens
+# alone, fine-tuning those of its task: another task trains nothing again but its own models.
 SECTIONS = {
     "prepare": ("data", "prepare"),
     "pretrain": ("model", "pretrain"),
-    "warmup": ("data", "model", "warmup"),
-    "finetune": ("data", "model", "finetune"),
+    "warmup": ("data.view", "model", "warmup"),
+    "finetune": ("data.view", "model", "finetune"),
     "robustness": ("data", "model", "finetune", "robustness"),
+    "compute": ("model", "pretrain", "finetune", "compute"),
     "report": ("grid", "data", "report"),
 }
 
@@ -39,16 +43,27 @@ CODE = {
     "warmup": (*_TRAINING, "stages/warmup.py"),
     "finetune": (*_TRAINING, "stages/finetune.py"),
     "robustness": (*_TRAINING, "pipeline/evaluation", "stages/finetune.py", "stages/robustness.py"),
-    "report": ("pipeline/evaluation", "stages/report.py"),
+    "compute": (*_TRAINING, "pipeline/evaluation", "stages/finetune.py", "stages/compute.py"),
+    "report": ("pipeline/evaluation", "pipeline/moe", "stages/report.py"),
 }
 
-# Grid stages whose models a grid stage reads.
+# Stages whose models or results a stage reads.
 UPSTREAM = {
     "pretrain": (),
     "warmup": ("pretrain",),
     "finetune": ("warmup",),
-    "robustness": ("pretrain", "warmup", "finetune"),
+    "robustness": ("pretrain", "finetune"),
+    "compute": (),
+    "report": (*GRID_STAGES, "compute"),
 }
+
+
+def cells(stage: str, methods: Iterable[str], seeds: Iterable[int], tasks: Iterable[str]) -> "list[Cell]":
+    """The cells that a stage has in a grid."""
+    if stage == "compute":
+        return [Cell(method, 0) for method in methods]
+    of_tasks = tasks if stage in TASK_STAGES else (None,)
+    return [Cell(method, seed, task) for method in methods for seed in seeds for task in of_tasks]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -61,14 +76,15 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 class Cell(NamedTuple):
-    """One cell of the grid: a method trained with a seed."""
+    """One cell of the grid: a method trained with a seed, and for the stages of a task this one."""
 
     method: str
     seed: int
+    task: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.method}-s{self.seed}"
+        return f"{self.method}-s{self.seed}" + (f"-{self.task}" if self.task else "")
 
 
 @dataclass(frozen=True)
@@ -89,34 +105,50 @@ class Paths:
     def data(self) -> Path:
         return self.out / "outputs/data"
 
+    def task(self, name: str) -> Path:
+        """A task's examples."""
+        return self.data / f"tasks/{name}.jsonl"
+
     @property
     def report(self) -> Path:
         return self.out / "report"
 
     def output(self, stage: str, cell: Cell) -> Path:
-        """Folder of a grid stage's large outputs."""
-        return self.out / "outputs" / stage / cell.name
+        """Folder of a grid stage's large outputs: of a cell without a task, those of all tasks of a stage that has them."""
+        return self.out / "outputs" / _place(stage, cell)
 
     def result(self, stage: str, cell: Cell | None = None) -> Path:
         """Small JSON of a stage's metrics and run id."""
-        return self.out / "results" / (f"{stage}/{cell.name}.json" if cell else f"{stage}.json")
+        return self.out / "results" / f"{_place(stage, cell) if cell else stage}.json"
 
     def inputs(self, stage: str, cell: Cell | None = None) -> list[Path]:
         """What a stage reads besides code, params and the embedded corpus."""
         if stage == "prepare":
             return []
         if stage == "report":
-            results = [self.out / "results" / grid_stage for grid_stage in GRID_STAGES]
+            results = [self.out / "results" / grid_stage for grid_stage in (*GRID_STAGES, "compute")]
             outputs = [self.out / "outputs" / grid_stage for grid_stage in ("pretrain", "finetune", "robustness")]
             return [self.result("prepare"), *results, *outputs]
+        if stage == "compute":
+            return [self.data / name for name in ("train.npy", "tokenizer.json")]
         if stage == "pretrain":
             return [self.data / name for name in ("train.npy", "valid.npy", "test.npy", "tokenizer.json")]
-        return [self.data, *(self.output(upstream, cell) for upstream in UPSTREAM[stage])]
+        data = [self.data / "tokenizer.json", self.task(cell.task)] if stage in TASK_STAGES else [self.data]
+        return [*data, *(self.output(upstream, cell) for upstream in UPSTREAM[stage])]
 
     def outputs(self, stage: str, cell: Cell | None = None) -> list[Path]:
         """What a stage writes."""
         if stage == "prepare":
             return [self.data, self.result(stage)]
         if stage == "report":
-            return [self.report / "report.md", self.report / "data", self.report / "figures"]
+            return [self.report / name for name in ("report.md", "index.html", "data", "figures")]
+        if stage == "compute":
+            return [self.result(stage, cell)]
         return [self.output(stage, cell), self.result(stage, cell)]
+
+
+def _place(stage: str, cell: Cell) -> str:
+    if stage == "compute":
+        return f"{stage}/{cell.method}"
+    place = f"{stage}/{cell._replace(task=None).name}"
+    return f"{place}/{cell.task}" if cell.task and stage in TASK_STAGES else place

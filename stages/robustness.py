@@ -1,23 +1,30 @@
-"""Language model and classifier on noisy text and on a shifted view, with routing clean against noisy."""
+"""Language model and classifiers under noise, attack and shift, text by text, and what the routing does meanwhile."""
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from pipeline.evaluation.attack import Loss, apply, greedy
+from pipeline.evaluation.routing import collapse
+from safetensors.numpy import save_file
+from torch import Tensor
 
 from pipeline.data.batches import encode_examples, open_tokens, segments, spaced
 from pipeline.data.corpora import view
-from pipeline.data.corruption import alphabet, corrupt_text, rng_for
+from pipeline.data.corruption import Alphabet, alphabet, corrupt_text, rng_for
 from pipeline.data.tasks import Example, Task, read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.robustness import (
+    Effect,
     Noise,
-    accuracy,
-    bits,
-    bits_degradation,
+    Texts,
+    classifier_effect,
     classifier_trace,
-    consistency,
+    language_effect,
     language_trace,
+    shift_effect,
     texts,
 )
 from pipeline.files import output_folder, write_rows
@@ -27,126 +34,218 @@ from pipeline.moe.layer import Mode
 from pipeline.progress import Progress
 from pipeline.training import checkpoint
 from pipeline.training.loop import Log
-from pipeline.training.validation import RoutingTally, score_tokens
+from pipeline.training.validation import RoutingTally
 from stages.finetune import classifier
 from stages.paths import Cell, Paths
 from stages.pretrain import language_model
 
 Row = dict[str, str | float | None]
 
-MEASURES = ("score", "degradation", "consistency")
+FAMILIES = ("clean", "noise", "attack", "shift")
+MEASURES = ("score", "degradation", "consistency", "ece", "flips")
+
+
+class Record:
+    """Results of one model in one mode: rows of scores.csv and layers.csv, and the values of each text behind them."""
+
+    def __init__(self, model: str, mode: Mode) -> None:
+        self.name: Row = {"model": model, "mode": mode}
+        self.rows: list[Row] = []
+        self.units: dict[str, np.ndarray] = {}
+        self._consistency: list[list[float]] = []
+
+    def add(self, family: str, kind: str, rate: float, effect: Effect) -> None:
+        means = {"score": float(effect.score_S.mean()), "degradation": float(effect.lost_S.mean())}
+        same = None if effect.consistency is None else float(np.mean(effect.consistency))
+        more = {"consistency": same, "ece": effect.ece, "flips": effect.flips}
+        self.rows.append(self.name | {"family": family, "kind": kind, "rate": rate} | means | more)
+        key = f"{self.name['model']}/{self.name['mode']}/{kind}/{rate!r}"
+        self.units |= {f"{key}/score": effect.score_S, f"{key}/lost": effect.lost_S}
+        if family == "noise" and effect.consistency is not None:
+            self._consistency.append(effect.consistency)
+
+    def layers(self, tally: RoutingTally, collapsed: list[dict[str, float]]) -> list[Row]:
+        """Routing of each layer: consistency over all noise, load, margin and codebook on clean text, collapse of its experts."""
+        same = np.mean(self._consistency, 0).tolist() if self._consistency else [None] * len(collapsed)
+        return [
+            self.name | row | {"consistency": value} | apart
+            for row, value, apart in zip(tally.rows(), same, collapsed, strict=True)
+        ]
+
+    def load(self, tally: RoutingTally) -> list[Row]:
+        """Share of each expert and code on clean text."""
+        return [
+            self.name | {"what": what, "layer": layer, "index": index, "share": share}
+            for what, shares in (("expert", tally.expert_shares()), ("code", tally.code_shares()))
+            for layer, values in enumerate(shares)
+            for index, share in enumerate(values.tolist())
+        ]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Mean of each measure over the conditions of a family; every shift stands alone."""
+        result = {}
+        for family in FAMILIES:
+            for kind in {row["kind"]: None for row in self.rows if row["family"] == family} if family == "shift" else (None,):
+                chosen = [row for row in self.rows if row["family"] == family and kind in (None, row["kind"])]
+                means = {name: [row[name] for row in chosen if row[name] is not None] for name in MEASURES}
+                result[kind or family] = {name: float(np.mean(values)) for name, values in means.items() if values}
+        return {name: values for name, values in result.items() if values}
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
-    """Writes scores.csv (a row per model, corruption and severity) and load.csv; returns means over the corruptions.
+    """Writes scores.csv, layers.csv, load.csv and units.safetensors; returns means over corruptions and severities.
 
-    Models: `pretrained` is the language model in its training mode, `warmed-up` the one after warm-up in the mode of
-    inference, `classifier` the fine-tuned one. Degradation is positive when noise hurts, in bits per token or in shares of
-    accuracy.
+    `language` is the pre-trained language model in its training mode and in that of inference, a task's name its classifier.
+    Scores are bits per token (lower is better) and shares of right labels; degradation is positive when it hurts.
     """
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
-    task = read_task(paths.data / "task.jsonl")
-    spec = language_model(params, cell, tokenizer)
-    language_models = {
-        name: checkpoint.load(paths.output(stage, cell), spec)
-        for name, stage in (("pretrained", "pretrain"), ("warmed-up", "warmup"))
+    tasks = {name: read_task(paths.task(name)) for name in params.data.tasks}
+    model = checkpoint.load(paths.output("pretrain", cell), language_model(params, cell, tokenizer))
+    tuned = {
+        name: checkpoint.load(paths.output("finetune", cell._replace(task=name)), classifier(params, cell, tokenizer, task))
+        for name, task in tasks.items()
     }
-    tuned = checkpoint.load(paths.output("finetune", cell), classifier(params, cell, tokenizer, task))
-    symbols, characters = tokenizer.symbols, alphabet(params.data.view)
-    # Where a token is no single character, a language model meets noise on tokens, a classifier on the text they are made of.
-    units = np.arange(tokenizer.pad) if symbols is None else characters
-    rates = params.robustness.rates
-    noises = [Noise(kind, rate, cell.seed, units, symbols) for kind in params.robustness.kinds for rate in rates]
-    scores: list[Row] = []
-    load: list[Row] = []
-    with Progress(f"robustness {cell.name}", total=3 * len(noises), unit="test") as progress:
-        for name, model in language_models.items():
-            mode = model.train_mode if name == "pretrained" else model.infer_mode
-            rows, shares = _language(model, mode, noises, params, paths, tokenizer, progress)
-            scores += [{"model": name, "mode": mode} | row for row in rows]
-            load += [{"model": name, "mode": mode} | row for row in shares]
-        noises = [noise._replace(alphabet=characters) for noise in noises]
-        rows = _classifier(tuned, noises, params, task, tokenizer, progress)
-        scores += [{"model": "classifier", "mode": tuned.backbone.infer_mode} | row for row in rows]
-    for row in scores:
-        if row["kind"] in params.robustness.kinds:
-            values = {f"{row['model']}/{row['kind']}/{name}": row[name] for name in MEASURES if row[name] is not None}
+    modes = tuple(dict.fromkeys((model.train_mode, model.infer_mode)))
+    conditions = len(params.robustness.kinds) * len(params.robustness.rates) + len(params.robustness.attack_rates)
+    records, layers, load = [], [], []
+    with Progress(f"robustness {cell.name}", total=(len(modes) + len(tasks)) * conditions, unit="test") as progress:
+        bench = Bench(params, paths, cell, tokenizer, progress)
+        for mode in modes:
+            records.append(record := Record("language", mode))
+            tally, collapsed = bench.language(model, mode, record)
+            layers += record.layers(tally, collapsed)
+            load += record.load(tally)
+        for name, task in tasks.items():
+            records.append(record := Record(name, tuned[name].backbone.infer_mode))
+            tally, collapsed = bench.classifier(tuned[name], task, record)
+            layers += record.layers(tally, collapsed)
+            load += record.load(tally)
+    rows = [row for record in records for row in record.rows]
+    for row in rows:
+        if row["family"] in ("noise", "attack"):
+            place = f"{row['model']}/{row['mode']}/{row['kind']}"
             # The x axis of an MLflow chart is the step: severity in tenths of a percent.
-            log(values, step=round(1000 * row["rate"]))
+            log({f"{place}/{name}": row[name] for name in MEASURES if row[name] is not None}, step=round(1000 * row["rate"]))
     with output_folder(paths.output("robustness", cell)) as folder:
-        write_rows(folder / "scores.csv", scores)
+        write_rows(folder / "scores.csv", rows)
+        write_rows(folder / "layers.csv", layers)
         write_rows(folder / "load.csv", load)
-    return {name: _summary([row for row in scores if row["model"] == name]) for name in (*language_models, "classifier")}
+        save_file({key: values for record in records for key, values in record.units.items()}, folder / "units.safetensors")
+    metrics: dict = {}
+    for record in records:
+        metrics.setdefault(record.name["model"], {})[record.name["mode"]] = record.summary()
+    return metrics
 
 
-def _language(
-    model: Transformer,
-    mode: Mode,
-    noises: list[Noise],
-    params: SimpleNamespace,
-    paths: Paths,
-    tokenizer: Tokenizer,
-    progress: Progress,
-) -> tuple[list[Row], list[Row]]:
-    context, limit, pad = params.model.context, params.robustness.segments, tokenizer.pad
-    clean_segments = segments(open_tokens(paths.data / "test.npy", tokenizer.size), context, limit)
-    inputs = clean_segments[:, :-1]
-    clean = language_trace(model, texts(inputs, context, pad), clean_segments, mode)
-    chooses = _chooses(model)
-    rows: list[Row] = [_row("clean", 0.0, bits(clean), 0.0, 1.0 if chooses else None)]
-    for noise in noises:
-        given = texts(inputs, context, pad, noise)
-        noisy = language_trace(model, given, clean_segments, mode)
-        rows.append(
-            _row(
-                noise.kind,
-                noise.rate,
-                bits(noisy),
-                bits_degradation(clean, noisy, given.source_ST),
-                consistency(clean, noisy, given.source_ST) if chooses else None,
-            )
+class Bench:
+    """Puts models under the noises, attacks and shifts of params."""
+
+    def __init__(self, params: SimpleNamespace, paths: Paths, cell: Cell, tokenizer: Tokenizer, progress: Progress) -> None:
+        self.params, self.paths, self.cell, self.tokenizer, self.progress = params, paths, cell, tokenizer, progress
+        self.characters = alphabet(params.data.view)
+        self.context, self.settings = params.model.context, params.robustness
+
+    def language(self, model: Transformer, mode: Mode, record: Record) -> tuple[RoutingTally, list[dict[str, float]]]:
+        tokens, pad = self.tokenizer, self.tokenizer.pad
+        clean_segments = segments(open_tokens(self.paths.data / "test.npy", tokens.size), self.context, self.settings.segments)
+        inputs, chooses = clean_segments[:, :-1], _chooses(model)
+        tally = RoutingTally(model)
+        given = texts(inputs, self.context, pad)
+        clean = language_trace(model, given, clean_segments, mode, watch=tally)
+        record.add("clean", "clean", 0.0, language_effect(clean, clean, given.source_ST, chooses))
+        # Where a token is no single character, a language model meets noise on tokens.
+        units = self.characters if tokens.symbols is not None else Alphabet(np.arange(pad), tokens.encode("aaa")[:1], None)
+        for noise in self._noises(units):
+            given = texts(inputs, self.context, pad, noise)
+            noisy = language_trace(model, given, clean_segments, mode)
+            record.add("noise", noise.kind, noise.rate, language_effect(clean, noisy, given.source_ST, chooses))
+            self.progress.advance()
+        some = _spaced(len(inputs), self.settings.attack_texts)
+        target_ST = torch.from_numpy(clean_segments[some, 1:].astype(np.int64))
+        base = clean.some(some)
+
+        def loss(tokens_BT: Tensor, rows_B: Tensor) -> Tensor:
+            return model.nats(model(tokens_BT, mode).state_BTD, target_ST[rows_B]).mean(1)
+
+        for rate, given in self._attacked(loss, model, texts(inputs[some], self.context, pad)):
+            noisy = language_trace(model, given, clean_segments[some], mode)
+            record.add("attack", "greedy", rate, language_effect(base, noisy, given.source_ST, chooses))
+        for file in sorted((self.paths.data / "shifts").iterdir()):
+            if file.stem == "raw" or file.stem in self.params.data.shifts:
+                other = segments(open_tokens(file, tokens.size), self.context, self.settings.segments)
+                shifted = language_trace(model, texts(other[:, :-1], self.context, pad), other, mode)
+                record.add("shift", file.stem, 1.0, shift_effect(clean, shifted))
+        return tally, collapse(model, torch.from_numpy(inputs.astype(np.int64)), mode)
+
+    def classifier(self, model: Classifier, task: Task, record: Record) -> tuple[RoutingTally, list[dict[str, float]]]:
+        mode, pad, view_name = model.backbone.infer_mode, self.tokenizer.pad, self.params.data.view
+        passages = spaced(task.splits["test"], self.settings.passages)
+        encoded = encode_examples(passages, task.labels, self.tokenizer, view_name, self.context)
+        labels_S = torch.as_tensor(encoded.labels)
+        # Tokens made of noisy text have no clean ones to be compared with.
+        aligned = self.tokenizer.symbols is not None and _chooses(model.backbone)
+        tally = RoutingTally(model.backbone)
+        plain = texts(encoded.ids, self.context, pad)
+        clean = classifier_trace(model, plain, mode, watch=tally)
+        record.add("clean", "clean", 0.0, classifier_effect(clean, clean, labels_S, plain.source_ST, aligned))
+        for noise in self._noises(self.characters):
+            if aligned or self.tokenizer.symbols is not None:
+                given = texts(encoded.ids, self.context, pad, noise)
+            else:
+                given = texts(self._noisy(passages, task, noise), self.context, pad)
+            noisy = classifier_trace(model, given, mode)
+            record.add("noise", noise.kind, noise.rate, classifier_effect(clean, noisy, labels_S, given.source_ST, aligned))
+            self.progress.advance()
+        some = _spaced(len(passages), self.settings.attack_texts)
+        base, chosen = clean.some(some), texts([encoded.ids[i] for i in some], self.context, pad)
+
+        def loss(tokens_BT: Tensor, rows_B: Tensor) -> Tensor:
+            scores_BC, _ = model(tokens_BT, chosen.lengths_S[rows_B], mode)
+            return F.cross_entropy(scores_BC, labels_S[some][rows_B], reduction="none")
+
+        for rate, given in self._attacked(loss, model.backbone, chosen):
+            noisy = classifier_trace(model, given, mode)
+            same = _chooses(model.backbone)
+            record.add("attack", "greedy", rate, classifier_effect(base, noisy, labels_S[some], given.source_ST, same))
+        if view_name == "text27" and self.tokenizer.kind == "bytes":
+            raw = encode_examples(passages, task.labels, self.tokenizer, "bytes", self.context)
+            given = texts(raw.ids, self.context, pad)
+            shifted = classifier_trace(model, given, mode)
+            record.add("shift", "raw", 1.0, classifier_effect(clean, shifted, labels_S, given.source_ST, False))
+        return tally, collapse(model.backbone, plain.tokens_ST, mode)
+
+    def _noises(self, units: Alphabet) -> Iterable[Noise]:
+        for kind in self.settings.kinds:
+            for rate in self.settings.rates:
+                yield Noise(kind, rate, self.cell.seed, units, self.tokenizer.symbols)
+
+    def _attacked(self, loss: Loss, model: Transformer, given: Texts) -> Iterable[tuple[float, Texts]]:
+        """Each rate with texts in which the attack has substituted that share of the tokens, at least one."""
+        symbols = self.tokenizer.symbols
+        allowed = np.arange(self.tokenizer.pad) if symbols is None else np.searchsorted(symbols, self.characters.symbols)
+        rates = self.settings.attack_rates
+        most_S = (rates[-1] * given.lengths_S).ceil().long()
+        edits = greedy(
+            loss,
+            model.embedding,
+            given.tokens_ST,
+            given.source_ST >= 0,
+            torch.from_numpy(allowed.astype(np.int64)),
+            most_S,
+            self.settings.attack_queries,
         )
-        progress.advance()
-    if (paths.data / "raw.npy").exists():
-        raw_segments = segments(open_tokens(paths.data / "raw.npy"), context, limit)
-        shifted = bits(language_trace(model, texts(raw_segments[:, :-1], context, pad), raw_segments, mode))
-        rows.append(_row("shift", 1.0, shifted, shifted - bits(clean), None))
-    tally = RoutingTally(model)
-    score_tokens(model, clean_segments, mode, "bpc", memory=0, watch=tally)
-    shares: list[Row] = []
-    for what, layers in (("expert", tally.expert_shares()), ("code", tally.code_shares())):
-        for layer, share in enumerate(layers):
-            shares += [{"what": what, "layer": layer, "index": i, "share": s} for i, s in enumerate(share.tolist())]
-    return rows, shares
+        for rate in rates:
+            yield rate, given._replace(tokens_ST=apply(given.tokens_ST, edits, (rate * given.lengths_S).ceil().long()))
+            self.progress.advance()
 
-
-def _classifier(
-    model: Classifier, noises: list[Noise], params: SimpleNamespace, task: Task, tokenizer: Tokenizer, progress: Progress
-) -> list[Row]:
-    context, mode = params.model.context, model.backbone.infer_mode
-    passages = spaced(task.splits["test"], params.robustness.passages)
-    encoded = encode_examples(passages, task.labels, tokenizer, params.data.view, context)
-    labels_P = torch.as_tensor(encoded.labels)
-    clean = classifier_trace(model, texts(encoded.ids, context, tokenizer.pad), mode)
-    reference = accuracy(clean, labels_P)
-    # Tokens made of noisy text have no clean ones to be compared with.
-    aligned = tokenizer.symbols is not None and _chooses(model.backbone)
-    rows: list[Row] = [_row("clean", 0.0, reference, 0.0, 1.0 if aligned else None)]
-    for noise in noises:
-        if tokenizer.symbols is None:
-            given = texts(_noisy(passages, task, tokenizer, params.data.view, noise, context), context, tokenizer.pad)
-        else:
-            given = texts(encoded.ids, context, tokenizer.pad, noise)
-        noisy = classifier_trace(model, given, mode)
-        score = accuracy(noisy, labels_P)
-        same = consistency(clean, noisy, given.source_ST) if aligned else None
-        rows.append(_row(noise.kind, noise.rate, score, reference - score, same))
-        progress.advance()
-    if params.data.view == "text27" and tokenizer.kind == "bytes":
-        raw = encode_examples(passages, task.labels, tokenizer, "bytes", context)
-        score = accuracy(classifier_trace(model, texts(raw.ids, context, tokenizer.pad), mode), labels_P)
-        rows.append(_row("shift", 1.0, score, reference - score, None))
-    return rows
+    def _noisy(self, passages: list[Example], task: Task, noise: Noise) -> list[np.ndarray]:
+        """Ids of passages whose text, in the view, has noise on its characters."""
+        examples = []
+        for index, passage in enumerate(passages):
+            rng = rng_for(noise.seed, noise.kind, noise.rate, index)
+            text = corrupt_text(view(passage.text, self.params.data.view) or " ", noise.kind, noise.rate, noise.alphabet, rng)
+            examples.append(Example(text, passage.label))
+        return encode_examples(examples, task.labels, self.tokenizer, "bytes", self.context).ids
 
 
 def _chooses(model: Transformer) -> bool:
@@ -154,26 +253,6 @@ def _chooses(model: Transformer) -> bool:
     return model.moe_layers[0].experts.count > 1
 
 
-def _noisy(
-    passages: list[Example], task: Task, tokenizer: Tokenizer, view_name: str, noise: Noise, length: int
-) -> list[np.ndarray]:
-    """Ids of passages whose text, in a view, has noise on its characters."""
-    examples = []
-    for index, passage in enumerate(passages):
-        rng = rng_for(noise.seed, noise.kind, noise.rate, index)
-        text = corrupt_text(view(passage.text, view_name) or " ", noise.kind, noise.rate, noise.alphabet, rng)
-        examples.append(Example(text, passage.label))
-    return encode_examples(examples, task.labels, tokenizer, "bytes", length).ids
-
-
-def _row(kind: str, rate: float, score: float, degradation: float, same: float | None) -> Row:
-    return {"kind": kind, "rate": rate, "score": score, "degradation": degradation, "consistency": same}
-
-
-def _summary(rows: list[Row]) -> dict[str, float]:
-    """Clean score, and means over corruptions and severities (the shift stands alone)."""
-    noisy = [row for row in rows if row["kind"] not in ("clean", "shift")]
-    result = {"clean": rows[0]["score"]}
-    result |= {name: float(np.mean([row[name] for row in noisy])) for name in MEASURES if noisy[0][name] is not None}
-    shift = [row["degradation"] for row in rows if row["kind"] == "shift"]
-    return result | ({"shift": shift[0]} if shift else {})
+def _spaced(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of the numbers under `count`, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, limit).astype(int))

@@ -28,7 +28,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     settings = params.warmup
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     unit = tokenizer.unit
-    task = read_task(paths.data / "task.jsonl")
+    task = read_task(paths.task(cell.task))
     tokens = {
         split: tokenizer.encode(join([example.text for example in task.splits[split]], params.data.view))
         for split in ("train", "valid")

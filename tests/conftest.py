@@ -46,7 +46,12 @@ TINY = (
     "robustness.segments=4",
     "robustness.passages=8",
     "robustness.rates=[0.05, 0.2]",
+    "robustness.attack_rates=[0.1]",
+    "robustness.attack_queries=8",
+    "robustness.attack_texts=3",
+    "compute.repeats=3",
     "report.dpi=60",
+    "report.resamples=200",
 )
 
 
@@ -133,7 +138,7 @@ def task_file(tmp_path):
 @pytest.fixture
 def tiny_overrides(corpus_folder, task_file):
     """Overrides that make the default experiment tiny, on its own corpus and task."""
-    return (*TINY, f"data.corpus={corpus_folder}", f"data.task={task_file}")
+    return (*TINY, f"data.corpus={corpus_folder}", f"data.tasks={{toy: {task_file}}}", f"data.shifts={{other: {corpus_folder}}}")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pipeline.data import archives
 from pipeline.errors import Failure, UsageError
 
 SPLITS = ("train", "valid", "test")
-EMBEDDED = {"sotu": "data/sotu.jsonl.xz"}
+EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
 # A single text is split in its own order, as enwik8 and text8 are: 90 %, 5 %, 5 % of it. So are the files of a folder, each
 # as a whole, in an order that only their names decide.
 CUTS = (0.90, 0.95)
@@ -108,7 +108,7 @@ def load_corpus(name: str, root: Path) -> Corpus:
         if name in EMBEDDED:
             raise Failure(f"{path}: not found; restore it with `git checkout {EMBEDDED[name]}`")
         names = ", ".join((*EMBEDDED, *PUBLISHED))
-        raise UsageError(f"data.corpus is '{name}': neither a corpus by name ({names}) nor an existing path")
+        raise UsageError(f"data.corpus or data.shifts has '{name}': neither a corpus by name ({names}) nor an existing path")
     kind = file_kind(path)
     if path.is_dir():
         corpus = _folder(path)
@@ -117,7 +117,9 @@ def load_corpus(name: str, root: Path) -> Corpus:
     elif kind == ".jsonl":
         corpus = _json_lines(path)
     else:
-        raise UsageError(f"data.corpus is '{name}': expected a folder, or a file .txt or .jsonl (or these with .xz)")
+        raise UsageError(
+            f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt or .jsonl (or these with .xz)"
+        )
     for split in SPLITS:
         if not any(document.text.strip() for document in corpus[split]):
             raise Failure(f"{path}: the {split} split is empty; give it at least one document with text")

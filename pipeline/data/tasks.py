@@ -43,12 +43,12 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     """
     if name == "era":
         if any(document.year is None for split in SPLITS for document in corpus[split]):
-            raise UsageError("data.task is 'era': the corpus has documents without a year; name a labelled file instead")
+            raise UsageError("data.tasks has 'era': the corpus has documents without a year; name a labelled file instead")
         examples = {split: [Example(text, label) for text, label in _eras(corpus, split, passage)] for split in SPLITS}
         return _checked("task era", examples, {})
     path = published.fetch(name, root) if name in published.TASKS else root / name
     if not exists(path):
-        raise UsageError(f"data.task is '{name}': neither era, {', '.join(published.TASKS)} nor an existing path")
+        raise UsageError(f"data.tasks has '{name}': neither era, {', '.join(published.TASKS)} nor an existing path")
     kind = file_kind(path)
     examples = {split: [] for split in SPLITS}
     lines: dict[tuple[str, str], int] = {}

@@ -1,24 +1,27 @@
 """Scores and routing of a model on noisy text, aligned character by character with the clean text (METHOD section 5).
 
-Shapes: S sequences, T positions, K assignments per token, P passages.
+Shapes: S sequences (segments or passages), T positions, K assignments per token, C classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.corruption import corrupt, rng_for
+from pipeline.data.corruption import Alphabet, corrupt, rng_for
 from pipeline.errors import Failure
+from pipeline.evaluation.statistics import expected_calibration_error
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Hidden, Transformer
 from pipeline.moe import stats
 from pipeline.moe.layer import Mode
 
 BATCH = 32
+
+Watch = Callable[[Hidden], None]
 
 
 class Noise(NamedTuple):
@@ -30,7 +33,7 @@ class Noise(NamedTuple):
     kind: str
     rate: float
     seed: int
-    alphabet: np.ndarray
+    alphabet: Alphabet
     symbols: np.ndarray | None = None
 
 
@@ -47,6 +50,10 @@ class Trace(NamedTuple):
 
     scores: Tensor
     index: list[Tensor]
+
+    def some(self, rows: np.ndarray) -> "Trace":
+        """Of some of the texts."""
+        return Trace(self.scores[rows], [index_STK[rows] for index_STK in self.index])
 
 
 def texts(ids: Sequence[np.ndarray], length: int, pad: int, noise: Noise | None = None) -> Texts:
@@ -67,7 +74,7 @@ def texts(ids: Sequence[np.ndarray], length: int, pad: int, noise: Noise | None 
 
 
 @torch.no_grad()
-def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode: Mode) -> Trace:
+def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode: Mode, watch: Watch | None = None) -> Trace:
     """Nats (S, T) of each symbol's true successor in the clean segments (S, T + 1), given the (noisy) past; NaN elsewhere.
 
     Each noisy symbol is scored on the symbol that follows its own clean position. So an inserted symbol is not scored, and
@@ -78,6 +85,8 @@ def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode:
     scores, index = [], []
     for rows in torch.arange(len(segments)).split(BATCH):
         hidden = model(given.tokens_ST[rows], mode)
+        if watch is not None:
+            watch(hidden)
         nats = model.nats(hidden.state_BTD, target_ST[rows])
         scores.append(nats.masked_fill(target_ST[rows] < 0, math.nan))
         index.append(_experts(hidden, torch.ones_like(given.tokens_ST[rows], dtype=torch.bool)))
@@ -85,44 +94,79 @@ def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode:
 
 
 @torch.no_grad()
-def classifier_trace(model: Classifier, given: Texts, mode: Mode) -> Trace:
-    """Label scores (P, L) of passages."""
+def classifier_trace(model: Classifier, given: Texts, mode: Mode, watch: Watch | None = None) -> Trace:
+    """Class scores (S, C) of passages."""
     scores, index = [], []
     for rows in torch.arange(len(given.lengths_S)).split(BATCH):
         tokens_BT, lengths_B = given.tokens_ST[rows], given.lengths_S[rows]
         batch, hidden = model(tokens_BT, lengths_B, mode)
+        if watch is not None:
+            watch(hidden)
         scores.append(batch)
         index.append(_experts(hidden, torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]))
     return Trace(torch.cat(scores), [torch.cat(parts) for parts in zip(*index, strict=True)])
 
 
-def bits(trace: Trace) -> float:
-    """Mean bits per token over scored positions."""
-    return _finite(trace.scores.nanmean().item() / math.log(2), "bits per token")
+class Effect(NamedTuple):
+    """What a condition did, text by text, float64: the score (S,), and what it cost (S,), positive where it hurts.
+
+    Where noisy positions have clean ones, also the share of assignments that stayed, per layer. Of a classifier the expected
+    calibration error and the share of predictions that changed.
+    """
+
+    score_S: np.ndarray
+    lost_S: np.ndarray
+    consistency: list[float] | None = None
+    ece: float | None = None
+    flips: float | None = None
 
 
-def bits_degradation(clean: Trace, noisy: Trace, source_ST: Tensor) -> float:
-    """Bits per token lost, over the positions both runs score: each noisy one against its own clean position."""
-    before = clean.scores.gather(1, source_ST.clamp(min=0))
-    return _finite((noisy.scores - before).nanmean().item() / math.log(2), "degradation")
+def language_effect(clean: Trace, noisy: Trace, source_ST: Tensor, aligned: bool) -> Effect:
+    """Bits per token of each segment, and how many more than at the clean positions of the same symbols."""
+    before_ST = clean.scores.gather(1, source_ST.clamp(min=0))
+    score_S, lost_S = (_mean_bits(nats_ST) for nats_ST in (noisy.scores, noisy.scores - before_ST))
+    return Effect(score_S, lost_S, consistency(clean, noisy, source_ST) if aligned else None)
 
 
-def accuracy(trace: Trace, labels_P: Tensor) -> float:
-    return _finite((trace.scores.argmax(1) == labels_P).double().mean().item(), "accuracy")
+def shift_effect(clean: Trace, shifted: Trace) -> Effect:
+    """Bits per token of segments of another text, and how many more than the mean of the clean ones."""
+    score_S = _mean_bits(shifted.scores)
+    return Effect(score_S, score_S - _mean_bits(clean.scores).mean())
 
 
-def consistency(clean: Trace, noisy: Trace, source_ST: Tensor) -> float:
-    """Share of assignments that noise leaves as they were, over characters that survive it, mean over layers."""
+def classifier_effect(clean: Trace, noisy: Trace, labels_S: Tensor, source_ST: Tensor, aligned: bool) -> Effect:
+    """1 for a right label and 0 for a wrong one, and the difference to what the clean passage got."""
+    for trace in (clean, noisy):
+        if not trace.scores.isfinite().all():
+            raise _not_finite("a class score")
+    right_S, before_S = ((trace.scores.argmax(1) == labels_S).double().numpy() for trace in (noisy, clean))
+    confidence_S = noisy.scores.double().softmax(1).amax(1).numpy()
+    return Effect(
+        right_S,
+        before_S - right_S,
+        consistency(clean, noisy, source_ST) if aligned else None,
+        expected_calibration_error(confidence_S, right_S),
+        (noisy.scores.argmax(1) != clean.scores.argmax(1)).double().mean().item(),
+    )
+
+
+def consistency(clean: Trace, noisy: Trace, source_ST: Tensor) -> list[float]:
+    """Share of assignments that noise leaves as they were, over symbols that survive it, per layer."""
     row, column = torch.nonzero(source_ST >= 0, as_tuple=True)
     origin = source_ST[row, column]
-    return float(
-        np.mean(
-            [
-                stats.consistency(before[row, origin], after[row, column])
-                for before, after in zip(clean.index, noisy.index, strict=True)
-            ]
-        )
-    )
+    return [
+        stats.consistency(before[row, origin], after[row, column]) for before, after in zip(clean.index, noisy.index, strict=True)
+    ]
+
+
+def _mean_bits(nats_ST: Tensor) -> np.ndarray:
+    """Mean over the scored positions of each segment."""
+    if nats_ST.isnan().all(1).any():
+        raise Failure("noise leaves nothing to score of a segment; lower robustness.rates or raise model.context")
+    bits_S = (nats_ST.double().nanmean(1) / math.log(2)).numpy()
+    if not np.isfinite(bits_S).all():
+        raise _not_finite("bits per token")
+    return bits_S
 
 
 def _experts(hidden: Hidden, valid_BT: Tensor) -> list[Tensor]:
@@ -136,7 +180,5 @@ def _experts(hidden: Hidden, valid_BT: Tensor) -> list[Tensor]:
     return result
 
 
-def _finite(value: float, name: str) -> float:
-    if not math.isfinite(value):
-        raise Failure(f"{name} is {value}: the model's scores are not finite; train it again with a lower learning rate")
-    return value
+def _not_finite(name: str) -> Failure:
+    return Failure(f"{name} is not finite; train the model again with a lower learning rate")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.paths import CODE, COMMON_CODE, GRID_STAGES, SECTIONS, Cell, Paths
+from stages.paths import CODE, COMMON_CODE, GRID_STAGES, SECTIONS, TASK_STAGES, Cell, Paths
 from tests.conftest import REPOSITORY
 
 STAGES = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
-CELL = Cell("${item.method}", "${item.seed}")
+GRID = {"method": "${grid.methods}", "seed": "${grid.seeds}", "task": "${data.tasks}"}
 PATHS = Paths(Path(), Path())
 
 
@@ -21,15 +21,17 @@ def _names(entries):
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_inputs_outputs_and_code(stage):
     declared = STAGES[stage]
-    grid = stage in GRID_STAGES
-    cell = CELL if grid else None
-    assert declared["params"] == [*SECTIONS[stage], *(["methods.${item.method}"] if grid else [])]
-    assert (declared.get("matrix") == {"method": "${grid.methods}", "seed": "${grid.seeds}"}) is grid
+    depth = 3 if stage in TASK_STAGES else 2 if stage in GRID_STAGES else 1 if stage == "compute" else 0
+    axes = {key: GRID[key] for key in list(GRID)[:depth]}
+    assert declared.get("matrix", {}) == axes
+    item = {key: f"${{item.{key}}}" for key in axes}
+    cell = Cell(**({"seed": 0} | item)) if item else None
+    assert declared["params"] == [*SECTIONS[stage], *(["methods.${item.method}"] if item else [])]
     embedded = ["data"] if stage == "prepare" else []
     assert set(declared["deps"]) == {*embedded, *map(str, PATHS.inputs(stage, cell)), *COMMON_CODE, *CODE[stage]}
     outputs = [*_names(declared.get("outs", [])), *_names(declared.get("metrics", [])), *_names(declared.get("plots", []))]
     assert outputs == list(map(str, PATHS.outputs(stage, cell)))
-    assert declared["cmd"] == f"PYTHONPATH=. vqmoe {stage}" + (" --method ${item.method} --seed ${item.seed}" if grid else "")
+    assert declared["cmd"] == f"PYTHONPATH=. vqmoe {stage}" + "".join(f" --{key} {value}" for key, value in item.items())
 
 
 def _imported(module: str) -> set[str]:

@@ -27,7 +27,8 @@ from tests.data.server import HELD_OUT, TRAINING, billion, wikitext, zipped
 def test_the_manifest_describes_what_was_written(tiny_params, corpus_folder, task_file, tmp_path, view, kind, vocabulary):
     params = tiny_params(
         f"data.corpus={corpus_folder}",
-        f"data.task={task_file}",
+        f"data.tasks={{toy: {task_file}}}",
+        f"data.shifts={{other: {corpus_folder}}}",
         f"data.view={view}",
         f"data.tokenizer={kind}",
         f"data.vocabulary={vocabulary}",
@@ -38,12 +39,16 @@ def test_the_manifest_describes_what_was_written(tiny_params, corpus_folder, tas
     manifest = json.loads((paths.data / "manifest.json").read_text())
     assert {key: manifest[key] for key in type(params.data).model_fields} == params.data.model_dump()
     written = {path.name for path in paths.data.iterdir()} - {"manifest.json"}
-    assert written == {"train.npy", "valid.npy", "test.npy", "tokenizer.json", "task.jsonl"} | (
-        {"raw.npy"} if (view, kind) == ("text27", "bytes") else set()
-    )
+    assert written == {"train.npy", "valid.npy", "test.npy", "tokenizer.json", "tasks", "shifts"}
+    assert [path.name for path in (paths.data / "tasks").iterdir()] == ["toy.jsonl"]
+    shifts = {"other.npy"} | ({"raw.npy"} if (view, kind) == ("text27", "bytes") else set())
+    assert {path.name for path in (paths.data / "shifts").iterdir()} == shifts
+    # The shift is to the same corpus here.
+    assert (paths.data / "shifts/other.npy").read_bytes() == (paths.data / "test.npy").read_bytes()
     assert manifest["sha256"] == {name: digest(paths.data / name) for name in written}
-    assert manifest["examples"] == {"train": 24, "valid": 8, "test": 12}
-    assert manifest["labels"]["test"] == {"first": 6, "second": 6}
+    assert manifest["examples"] == {"toy": {"train": 24, "valid": 8, "test": 12}}
+    assert manifest["labels"]["toy"]["test"] == {"first": 6, "second": 6}
+    assert set(manifest["references"]["tfidf"]["toy"]) == {"accuracy", "macro_f1", "majority"}
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     assert tokenizer.kind == kind
     # <eos>, <unk> and the ten words and "follows" with and without their dots; five entries; 300; and the pad token.
@@ -66,7 +71,7 @@ def test_the_manifest_describes_what_was_written(tiny_params, corpus_folder, tas
 
 
 def _prepare(tiny_params, task_file, tmp_path, corpus, view="bytes"):
-    params = tiny_params(f"data.corpus={corpus}", f"data.task={task_file}", f"data.view={view}")
+    params = tiny_params(f"data.corpus={corpus}", f"data.tasks={{toy: {task_file}}}", "data.shifts={}", f"data.view={view}")
     paths = Paths(tmp_path, tmp_path / "out")
     counts = prepare.run(params.select(SECTIONS["prepare"]), paths)
     assert {path.name for path in (tmp_path / "out/outputs").iterdir()} == {"data"}
