@@ -191,7 +191,8 @@ class Robustness(Section):
 
 
 class Compute(Section):
-    repeats: Annotated[int, Field(ge=3)]
+    # Of fewer there is no 95 % interval of a median.
+    repeats: Annotated[int, Field(ge=6)]
 
 
 class Report(Section):

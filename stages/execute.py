@@ -20,7 +20,7 @@ DATASETS = {
     "warmup": [("tasks", "training")],
     "finetune": [("tasks", "training")],
     "robustness": [("test.npy", "test"), ("tasks", "test")],
-    "compute": [],
+    "compute": [("train.npy", "training")],
     "report": [],
 }
 

@@ -43,7 +43,7 @@ CODE = {
     "warmup": (*_TRAINING, "stages/warmup.py"),
     "finetune": (*_TRAINING, "stages/finetune.py"),
     "robustness": (*_TRAINING, "pipeline/evaluation", "stages/finetune.py", "stages/robustness.py"),
-    "compute": (*_TRAINING, "pipeline/evaluation", "stages/finetune.py", "stages/compute.py"),
+    "compute": (*_TRAINING, "pipeline/evaluation/compute.py", "stages/compute.py"),
     "report": ("pipeline/evaluation", "pipeline/moe", "stages/report.py"),
 }
 

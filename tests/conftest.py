@@ -49,7 +49,7 @@ TINY = (
     "robustness.attack_rates=[0.1]",
     "robustness.attack_queries=8",
     "robustness.attack_texts=3",
-    "compute.repeats=3",
+    "compute.repeats=6",
     "report.dpi=60",
     "report.resamples=200",
 )

@@ -13,8 +13,16 @@ from safetensors.torch import load_file
 
 import cli
 from pipeline.moe.layer import SETTINGS
-from stages.paths import GRID_STAGES
+from stages.paths import GRID_STAGES, TASK_STAGES
 from tests.conftest import REPOSITORY
+
+
+ALL = ("prepare", *GRID_STAGES, "compute", "report")
+
+
+def place(stage, method):
+    """Where a stage of the tiny experiment has its files, under outputs and results."""
+    return f"{stage}/{method}-s0" + ("/toy" if stage in TASK_STAGES else "")
 
 
 @pytest.fixture
@@ -66,20 +74,20 @@ def test_help_is_instant_and_explains_the_workflow():
 @pytest.mark.parametrize("method", ["vqmoe", "smoe"])
 def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
     only = ("grid.methods=[" + method + "]",)
-    for stage in ("prepare", *GRID_STAGES, "report"):
+    for stage in ALL:
         result = vqmoe(stage, overrides=only)
         assert result.exit_code == 0, (stage, result.output)
     for stage in GRID_STAGES:
-        found = json.loads((workspace / f"results/{stage}/{method}-s0.json").read_text())
-        assert found["method"] == method
+        found = json.loads((workspace / f"results/{place(stage, method)}.json").read_text())
+        assert (found["method"], found["seed"], found.get("task")) == (method, 0, "toy" if stage in TASK_STAGES else None)
         assert len(found["run_id"]) == 32
     pretrain = json.loads((workspace / f"results/pretrain/{method}-s0.json").read_text())["metrics"]
     assert ("bpc_discrete" in pretrain["test"]) is (method == "vqmoe")
     assert 0 < pretrain["test"]["bpc"] < 9
-    warmup = json.loads((workspace / f"results/warmup/{method}-s0.json").read_text())["metrics"]
+    warmup = json.loads((workspace / f"results/warmup/{method}-s0/toy.json").read_text())["metrics"]
     assert warmup["after"]["bpc"] <= warmup["before"]["bpc"]
     assert ("code_utilisation" in warmup["after"]) is (method == "vqmoe")
-    finetune = json.loads((workspace / f"results/finetune/{method}-s0.json").read_text())["metrics"]
+    finetune = json.loads((workspace / f"results/finetune/{method}-s0/toy.json").read_text())["metrics"]
     assert set(finetune["test"]) == set(finetune["scratch"]) == {"nats", "accuracy", "macro_f1"}
     assert finetune["flops_per_token"] < pretrain["flops_per_token"]
     report = (workspace / "report/report.md").read_text()
@@ -100,13 +108,13 @@ def test_the_other_methods_pass_through_all_stages_into_one_report(vqmoe, worksp
     assert vqmoe("prepare", overrides=overrides).exit_code == 0
     further = {"vqmoe_released": {"bpc_discrete", "bpc_router"}, "smoe_dropout": {"bpc_router"}, "hyperrouter": {"bpc_router"}}
     for method in others:
-        for stage in GRID_STAGES:
+        for stage in (*GRID_STAGES, "compute"):
             result = vqmoe(stage, "--method", method, overrides=overrides)
             assert result.exit_code == 0, (method, stage, result.output)
         pretrain = json.loads((workspace / f"results/pretrain/{method}-s0.json").read_text())["metrics"]
         assert set(pretrain["test"]) == {"bpc"} | further.get(method, set())
     trained, tuned = (
-        load_file(workspace / f"outputs/{stage}/stablemoe-s0/model.safetensors") for stage in ("pretrain", "finetune")
+        load_file(workspace / f"outputs/{place(stage, 'stablemoe')}/model.safetensors") for stage in ("pretrain", "finetune")
     )
     assert trained["blocks.0.moe.router.frozen"]
     for name in ("frozen", "light.0.weight", "light.1.weight"):
@@ -138,16 +146,18 @@ def test_train_runs_all_stages_in_a_folder_of_its_own_and_the_same_seed_gives_th
 
     client = store.connect(workspace)
     found = {e.name: client.search_runs([e.experiment_id]) for e in client.search_experiments() if e.name.startswith("vqmoe/")}
+    names = {stage: "vqmoe-s3-toy" if stage in TASK_STAGES else "vqmoe-s3" for stage in GRID_STAGES}
+    names |= {"prepare": "prepare", "compute": "vqmoe-s0", "report": "report"}
     assert {name: [run.info.run_name for run in runs] for name, runs in found.items()} == {
-        f"vqmoe/{stage}": ["vqmoe-s3"] * 2 for stage in GRID_STAGES
-    } | {"vqmoe/prepare": ["prepare"] * 2}
+        f"vqmoe/{stage}": [name] * 2 for stage, name in names.items()
+    }
     assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
     finetune = found["vqmoe/finetune"][0]
     assert finetune.data.params["method"] == "vqmoe"
     assert finetune.data.params["model.width"] == "16"
     upstream = {run.info.run_id for run in found["vqmoe/warmup"]}
     assert finetune.data.tags["vqmoe.upstream.warmup"] in upstream
-    assert finetune.inputs.dataset_inputs[0].dataset.source.endswith('outputs/data/task.jsonl"}')
+    assert finetune.inputs.dataset_inputs[0].dataset.source.endswith('outputs/data/tasks/toy.jsonl"}')
     assert any(tag.startswith("md5.in.") and tag.endswith("task.csv") for tag in found["vqmoe/prepare"][0].data.tags)
     tables = {artifact.path for artifact in client.list_artifacts(finetune.info.run_id)}
     assert {"confusion.csv", "classes.csv", "history.csv"} <= tables
@@ -163,22 +173,24 @@ def test_the_settings_of_methods_that_do_not_run_do_not_matter(vqmoe):
 
 @pytest.mark.parametrize(("kind", "view"), [("characters", "text27"), ("words", "bytes")])
 def test_other_tokenizers_go_through_all_stages(vqmoe, workspace, kind, view):
-    overrides = (f"data.tokenizer={kind}", f"data.view={view}", "grid.methods=[smoe]", "robustness.kinds=[swap, insert]")
-    for stage in ("prepare", *GRID_STAGES, "report"):
+    overrides = (f"data.tokenizer={kind}", f"data.view={view}", "grid.methods=[smoe]", "robustness.kinds=[swap, insert, word]")
+    for stage in ALL:
         result = vqmoe(stage, overrides=overrides)
         assert result.exit_code == 0, (stage, result.output)
     robustness = json.loads((workspace / "results/robustness/smoe-s0.json").read_text())["metrics"]
-    assert set(robustness["warmed-up"]) == {"clean", "score", "degradation", "consistency"}
-    assert ("consistency" in robustness["classifier"]) is (kind == "characters")
-    assert ("experts unchanged by noise %" in result.output) is (kind == "characters")
-    assert "raw text" not in result.output
+    assert set(robustness["language"]["router"]) == {"clean", "noise", "attack", "other"}
+    assert set(robustness["toy"]["router"]) == {"clean", "noise", "attack"}
+    assert set(robustness["language"]["router"]["noise"]) == {"score", "degradation", "consistency"}
+    assert ("consistency" in robustness["toy"]["router"]["noise"]) is (kind == "characters")
+    # The shift leads to the same text, here.
+    assert robustness["language"]["router"]["other"]["degradation"] == pytest.approx(0, abs=1e-6)
 
 
 def test_transformer_xl_on_words(vqmoe, workspace):
     keys = ("positions=relative", "memory=24", "evaluate_context=16", "evaluate_memory=40", "norm=post", "cutoffs=[8, 16]")
     quick = ("grid.methods=[vqmoe]", "finetune.scratch=false", "robustness.kinds=[swap]", "robustness.rates=[0.1]")
     overrides = ["data.tokenizer=words", "data.view=bytes", *quick, *(f"model.{key}" for key in keys)]
-    for stage in ("prepare", *GRID_STAGES, "report"):
+    for stage in ALL:
         result = vqmoe(stage, overrides=overrides)
         assert result.exit_code == 0, (stage, result.output)
     metrics = json.loads((workspace / "results/pretrain/vqmoe-s0.json").read_text())["metrics"]
@@ -210,6 +222,7 @@ def test_other_seeds_give_other_models(vqmoe, workspace):
         (["pretrain", "-S", "pretrain.stepz=1"], 2, ["unknown key pretrain.stepz", "did you mean steps?"]),
         (["pretrain", "-S", "model.norm=middle"], 2, ["model.norm is 'middle'"]),
         (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file", "name one with --params"]),
+        (["finetune", "--task", "nosuch"], 2, ["task 'nosuch' is not one of data.tasks; there are: toy"]),
         (["pretrain"], 1, ["outputs/data/train.npy: not found", "run the stage that makes it first"]),
         (["report"], 1, ["results/prepare.json: not found"]),
     ],
@@ -254,7 +267,7 @@ def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
     ("name", "content", "stage", "parts"),
     [
         ("outputs/data/train.npy", None, "pretrain", ["train.npy: not found", "run the stage"]),
-        ("outputs/data/task.jsonl", None, "pretrain", ["task.jsonl: not found", "vqmoe prepare"]),
+        ("outputs/data/tasks/toy.jsonl", None, "pretrain", ["toy.jsonl: not found", "vqmoe prepare"]),
         ("outputs/data/manifest.json", b"[]", "pretrain", ["manifest.json: holds list"]),
         ("outputs/data/manifest.json", b"{}", "pretrain", ["manifest.json: corpus is None there"]),
         ("results/prepare.json", b"{}", "pretrain", ["prepare.json: has no run_id and metrics"]),
@@ -264,7 +277,8 @@ def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
 def test_damage_between_stages(vqmoe, workspace, name, content, stage, parts):
     assert vqmoe("prepare").exit_code == 0
     (workspace / name).unlink() if content is None else (workspace / name).write_bytes(content)
-    for folder in ("outputs/pretrain", "outputs/finetune", "outputs/robustness", *(f"results/{stage}" for stage in GRID_STAGES)):
+    results = (f"results/{stage}" for stage in (*GRID_STAGES, "compute"))
+    for folder in ("outputs/pretrain", "outputs/finetune", "outputs/robustness", *results):
         (workspace / folder).mkdir(parents=True)
     assert_one_line(vqmoe(stage), 1, *parts)
 
@@ -273,17 +287,17 @@ def test_a_warm_up_that_does_not_help_is_undone(vqmoe, workspace):
     for stage in ("prepare", "pretrain"):
         assert vqmoe(stage).exit_code == 0
     assert vqmoe("warmup", overrides=["warmup.learning_rate=100.0"]).exit_code == 0
-    metrics = json.loads((workspace / "results/warmup/vqmoe-s0.json").read_text())["metrics"]
+    metrics = json.loads((workspace / "results/warmup/vqmoe-s0/toy.json").read_text())["metrics"]
     assert metrics["best_step"] == 0
     assert metrics["after"] == metrics["before"]
-    before, after = (workspace / f"outputs/{stage}/vqmoe-s0/model.safetensors" for stage in ("pretrain", "warmup"))
+    before, after = (workspace / f"outputs/{place(stage, 'vqmoe')}/model.safetensors" for stage in ("pretrain", "warmup"))
     assert before.read_bytes() == after.read_bytes()
 
 
 def test_the_report_leaves_other_files_alone(vqmoe, workspace):
     (workspace / "report").mkdir()
     (workspace / "report/notes.md").write_text("mine")
-    for stage in ("prepare", *GRID_STAGES, "report"):
+    for stage in ALL:
         assert vqmoe(stage, overrides=["grid.methods=[smoe]"]).exit_code == 0
     assert (workspace / "report/notes.md").read_text() == "mine"
     assert (workspace / "report/report.md").exists()
@@ -314,7 +328,7 @@ def test_a_checkpoint_of_another_configuration(vqmoe, workspace):
     weights = workspace / "outputs/pretrain/vqmoe-s0/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert_one_line(vqmoe("warmup"), 1, "model.safetensors: damaged")
-    assert not (workspace / "outputs/warmup").exists() or not list((workspace / "outputs/warmup").iterdir())
+    assert not [path for path in (workspace / "outputs/warmup").rglob("*") if path.is_file()]
 
 
 def test_a_model_does_not_read_the_ids_of_another_tokenizer(vqmoe, workspace, corpus_folder):

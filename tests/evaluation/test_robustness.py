@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.corruption import KINDS, alphabet
+from pipeline.data.corruption import KINDS, Alphabet, alphabet
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
 from pipeline.evaluation.robustness import (
     Noise,
     Trace,
-    accuracy,
-    bits,
-    bits_degradation,
+    classifier_effect,
     classifier_trace,
     consistency,
+    language_effect,
     language_trace,
+    shift_effect,
     texts,
 )
 from pipeline.models.build import build
@@ -36,9 +36,11 @@ def model(tiny_spec, seeded):
 
 def test_clean_text_scores_as_in_validation(model):
     given = texts(SEGMENTS[:, :-1], LENGTH, 256)
-    assert bits(language_trace(model, given, SEGMENTS, "router")) == pytest.approx(
-        score_tokens(model, SEGMENTS, "router", "bpc"), rel=1e-5
-    )
+    clean = language_trace(model, given, SEGMENTS, "router")
+    effect = language_effect(clean, clean, given.source_ST, aligned=True)
+    assert effect.score_S.mean() == pytest.approx(score_tokens(model, SEGMENTS, "router", "bpc"), rel=1e-5)
+    assert effect.lost_S.tolist() == [0] * len(SEGMENTS)
+    assert effect.consistency == [1.0] * len(model.moe_layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +80,7 @@ def test_characters_get_the_noise_that_bytes_get(kind):
 @pytest.mark.parametrize("kind", ["swap", "delete", "insert", "replace"])
 def test_words_get_noise_as_tokens_of_their_vocabulary(kind):
     ids = np.random.default_rng(0).integers(0, 70_000, (3, 200)).astype(np.uint32)
-    given = texts(ids, 200, 70_000, Noise(kind, 0.3, 0, np.arange(70_000)))
+    given = texts(ids, 200, 70_000, Noise(kind, 0.3, 0, Alphabet(np.arange(70_000), np.array([1]), None)))
     for row, length in enumerate(given.lengths_S.tolist()):
         tokens, source = given.tokens_ST[row, :length].numpy(), given.source_ST[row, :length].numpy()
         assert ((0 <= tokens) & (tokens < 70_000)).all()
@@ -97,18 +99,32 @@ def test_insertions_are_cut_and_deletions_padded():
         assert (shorter.source_ST[row, length:] == -1).all()
 
 
-def test_degradation_pairs_positions():
-    clean = Trace(torch.tensor([[1.0, 2.0, 3.0]]) * math.log(2), [])
-    noisy = Trace(torch.tensor([[2.0, math.nan, 5.0]]) * math.log(2), [])
-    # Noisy position 2 came from clean position 1: (2 - 1 + 5 - 2) / 2.
-    assert bits_degradation(clean, noisy, torch.tensor([[0, -1, 1]])) == pytest.approx(2.0)
+def trace(*rows, index=()):
+    """Of nats that are these bits."""
+    return Trace(torch.tensor(rows) * math.log(2), list(index))
 
 
-def test_consistency_follows_moved_characters():
-    clean = Trace(torch.zeros(1), [torch.tensor([[[0], [1], [2]]])])
-    noisy = Trace(torch.zeros(1), [torch.tensor([[[1], [0], [7]]])])
-    assert consistency(clean, noisy, torch.tensor([[1, 0, 2]])) == pytest.approx(2 / 3)
-    assert consistency(clean, noisy, torch.tensor([[1, 0, -1]])) == 1.0
+def test_degradation_pairs_positions_and_is_that_of_each_segment():
+    clean = trace([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    noisy = trace([2.0, math.nan, 5.0], [1.0, 2.0, 4.0])
+    effect = language_effect(clean, noisy, torch.tensor([[0, -1, 1], [0, 1, 2]]), aligned=False)
+    assert effect.score_S == pytest.approx([3.5, 7 / 3])
+    # Noisy position 2 of the first came from clean position 1: (2 - 1 + 5 - 2) / 2.
+    assert effect.lost_S == pytest.approx([2.0, 4 / 3])
+    assert effect.consistency is None
+
+
+def test_a_shift_is_measured_against_the_mean_of_the_clean_text():
+    effect = shift_effect(trace([1.0, 2.0], [2.0, 3.0]), trace([4.0, 4.0], [5.0, 7.0], [2.0, 2.0]))
+    assert effect.score_S == pytest.approx([4, 6, 2])
+    assert effect.lost_S == pytest.approx([2, 4, 0])
+
+
+def test_consistency_follows_moved_characters_in_every_layer():
+    clean = Trace(torch.zeros(1), [torch.tensor([[[0], [1], [2]]]), torch.tensor([[[0], [0], [0]]])])
+    noisy = Trace(torch.zeros(1), [torch.tensor([[[1], [0], [7]]]), torch.tensor([[[0], [0], [0]]])])
+    assert consistency(clean, noisy, torch.tensor([[1, 0, 2]])) == [pytest.approx(2 / 3), 1.0]
+    assert consistency(clean, noisy, torch.tensor([[1, 0, -1]])) == [1.0, 1.0]
 
 
 def test_padding_takes_no_part_in_consistency(tiny_spec, seeded):
@@ -119,7 +135,28 @@ def test_padding_takes_no_part_in_consistency(tiny_spec, seeded):
     assert (trace.index[0][1, :9] >= 0).all()
 
 
+def test_a_classifier_loses_what_it_had_right():
+    clean, noisy = (Trace(torch.tensor(rows), []) for rows in ([[9.0, 0.0], [0.0, 9.0], [0.0, 9.0]], [[0.0, 9.0], [0.0, 9.0], [9.0, 0.0]]))
+    effect = classifier_effect(clean, noisy, torch.tensor([0, 1, 0]), torch.zeros(3, 1, dtype=torch.long), aligned=False)
+    assert effect.score_S.tolist() == [0, 1, 1]
+    assert effect.lost_S.tolist() == [1, 0, -1]
+    assert effect.flips == pytest.approx(2 / 3)
+    # Surely right twice and surely wrong once.
+    assert effect.ece == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_of_some_texts():
+    whole = trace([1.0], [2.0], [3.0], index=[torch.arange(3)[:, None, None]])
+    some = whole.some(np.array([0, 2]))
+    assert (some.scores / math.log(2)).flatten().tolist() == pytest.approx([1, 3])
+    assert some.index[0].flatten().tolist() == [0, 2]
+
+
 def test_nan_is_an_error_not_a_score():
-    with pytest.raises(Failure, match="bits per token is nan"):
-        bits(Trace(torch.full((2, 2), math.nan), []))
-    assert accuracy(Trace(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), []), torch.tensor([1, 1])) == 0.5
+    source = torch.tensor([[0, 1]])
+    with pytest.raises(Failure, match="bits per token is not finite; train the model again"):
+        language_effect(trace([1.0, 1.0]), trace([math.inf, 1.0]), source, aligned=False)
+    with pytest.raises(Failure, match="noise leaves nothing to score of a segment; lower robustness.rates"):
+        language_effect(trace([1.0, 1.0]), trace([math.nan, math.nan]), source, aligned=False)
+    with pytest.raises(Failure, match="a class score is not finite"):
+        classifier_effect(trace([1.0, 1.0]), trace([math.nan, 1.0]), torch.tensor([0]), source, aligned=False)
