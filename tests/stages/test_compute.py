@@ -1,0 +1,143 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.batches import write_tokens
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.evaluation.compute import Measured
+from pipeline.models.build import build
+from pipeline.models.flops import active_parameters, flops_per_token
+from pipeline.models.heads import Classifier
+from stages import compute
+from stages.paths import Cell, Paths
+from stages.pretrain import language_model
+
+TOKENS = np.frombuffer(b"one two three four five six " * 40, dtype=np.uint8).astype(np.uint16)
+GATE = ("methods.vqmoe.combine=gate",)
+XL = ("model.positions=relative", "model.memory=32", "model.evaluate_memory=32")
+
+
+@pytest.fixture
+def paths(tmp_path):
+    paths = Paths(tmp_path, tmp_path)
+    paths.data.mkdir(parents=True)
+    Tokenizer.bytes().save(paths.data / "tokenizer.json")
+    write_tokens(paths.data / "train.npy", [TOKENS])
+    return paths
+
+
+def _params(tiny_params, method, *overrides):
+    params = tiny_params("model.context=16", "model.evaluate_context=16", "finetune.crop=8", *overrides)
+    chosen = params.select(("model", "pretrain", "finetune"), method)
+    chosen.compute = SimpleNamespace(repeats=6)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("method", "modes", "overrides"),
+    [
+        ("vqmoe", ["both", "discrete"], ()),
+        ("vqmoe", ["both", "discrete"], (*GATE, *XL)),
+        ("smoe_dropout", ["dense", "router"], ()),
+        ("competesmoe", ["router"], ()),
+        ("dense", ["dense"], ()),
+    ],
+)
+def test_metrics(tiny_params, paths, monkeypatch, method, modes, overrides):
+    params = _params(tiny_params, method, *overrides)
+    cell = Cell(method, 0)
+    # Of each work k, in round r it takes (k + 1) (r + 1) seconds.
+    factor = {}
+
+    def measure(works, repeats):
+        for number, (name, work) in enumerate(works.items()):
+            work()
+            factor[name] = number + 1
+        rounds = np.arange(1.0, repeats + 1)
+        return {name: Measured(factor[name] * rounds, 7.0) for name in works}
+
+    monkeypatch.setattr(compute, "measure", measure)
+    metrics = compute.run(params, paths, cell, None)
+    model = build(language_model(params, cell, Tokenizer.bytes()))
+    assert metrics["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+    assert metrics["parameters"]["active"] == {mode: active_parameters(model, mode) for mode in modes}
+    forward = {mode: flops_per_token(model, mode, 16, params.model.memory, targets=TOKENS) for mode in modes}
+    assert metrics["flops_per_token"] == forward
+    for what, size in {"train": 4 * 16, "finetune": 4 * 8, "infer": 4 * 16}.items():
+        assert list(metrics[what]) == modes
+        for mode, found in metrics[what].items():
+            per_second = size / factor[f"{what}/{mode}"]
+            assert found.pop("flops_per_token") > 0
+            expected = {"tokens_per_second": per_second / 3.5, "low": per_second / 6, "high": per_second, "peak_memory_mib": 7.0}
+            assert found == pytest.approx(expected)
+    assert ("saving" in metrics) is (len(modes) == 2)
+    for what, found in metrics.get("saving", {}).items():
+        seconds = 1 - factor[f"{what}/{modes[1]}"] / factor[f"{what}/{modes[0]}"]
+        assert found.pop("flops") > 0
+        assert found == pytest.approx({"seconds": seconds, "low": seconds, "high": seconds})
+
+
+def test_flops_of_a_step(tiny_params, paths, seeded):
+    params = _params(tiny_params, "vqmoe")
+    metrics = compute.run(params, paths, Cell("vqmoe", 0), None)
+    m = params.model
+    forward, attention = metrics["flops_per_token"], m.layers * 2 * 2 * 16 * m.width
+    for mode in ("both", "discrete"):
+        assert metrics["infer"][mode]["flops_per_token"] == forward[mode]
+        assert metrics["train"][mode]["flops_per_token"] == pytest.approx(3 * forward[mode] + attention / 2)
+    for what in ("train", "finetune", "infer"):
+        costs = {mode: metrics[what][mode]["flops_per_token"] for mode in ("both", "discrete")}
+        assert metrics["saving"][what]["flops"] == pytest.approx(1 - costs["discrete"] / costs["both"])
+        # One expert less per layer, in every pass.
+        passes, expert = 1 if what == "infer" else 3, 2 * 2 * m.width * m.expert_width
+        assert costs["both"] - costs["discrete"] == pytest.approx(passes * m.layers * expert)
+
+
+def _moved(work, *models):
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    work()
+    return [
+        {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, old[name])}
+        for model, old in zip(models, before, strict=True)
+    ]
+
+
+def test_works_do_what_their_stages_do(tiny_params, seeded, monkeypatch):
+    params, cell, tokenizer = _params(tiny_params, "vqmoe", *GATE), Cell("vqmoe", 0), Tokenizer.bytes()
+    made = []
+
+    def classifier_of(*given):
+        made.append(Classifier(*given))
+        return made[-1]
+
+    monkeypatch.setattr(compute, "Classifier", classifier_of)
+    model = build(language_model(params, cell, tokenizer))
+    works = compute._works(model, params, cell, TOKENS, tokenizer)
+    (classifier,) = made
+    assert set(works) == {f"{what}/{mode}" for what in ("train", "finetune", "infer") for mode in ("both", "discrete")}
+    for one in (model, classifier.backbone):
+        assert all(layer.quantizer.started for layer in one.moe_layers)
+    routed = {f"blocks.{block}.moe.{part}.weight" for block in range(2) for part in ("router.scores", "gate")}
+    codes = {f"blocks.{block}.moe.quantizer.codebook_CD" for block in range(2)}
+    language, other = _moved(works["train/both"], model, classifier)
+    assert routed | codes | {"embedding.weight"} <= language and not other
+    language, other = _moved(works["train/discrete"], model, classifier)
+    assert codes | {"embedding.weight"} <= language and not routed & language and not other
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append((model.training, torch.is_grad_enabled())))
+    for mode in ("both", "discrete"):
+        other, tuned = _moved(works[f"finetune/{mode}"], model, classifier)
+        assert not other and {"scores.1.weight", "backbone.embedding.weight"} <= tuned
+        assert not any("quantizer" in name for name in tuned)
+        assert (routed <= {name.removeprefix("backbone.") for name in tuned}) is (mode == "both")
+        assert _moved(works[f"infer/{mode}"], model, classifier) == [set(), set()]
+    assert seen == [(False, False), (False, False)]
+
+
+def test_growing_routers_stand_half_way(tiny_params, seeded):
+    params, cell, tokenizer = _params(tiny_params, "smoe_dropout"), Cell("smoe_dropout", 0), Tokenizer.bytes()
+    model = build(language_model(params, cell, tokenizer))
+    compute._works(model, params, cell, TOKENS, tokenizer)
+    assert [layer.router.growing for layer in model.moe_layers] == [3, 3]
