@@ -39,7 +39,7 @@ AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) 
 # torch's grouped matrix product asks for rows of whole 16 bytes, which are 8 numbers of the smaller types.
 GROUPED = 8
 
-Corruption = Literal["swap", "delete", "insert", "replace", "keyboard"]
+Corruption = Literal["swap", "delete", "insert", "replace", "keyboard", "word", "case", "whitespace"]
 
 
 def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
