@@ -1,20 +1,34 @@
 """Noise on arrays of symbols (bytes, code points, or ids of words), each symbol traceable to its clean position.
 
 Shapes: T clean symbols, T' noisy ones. `source` (T',) is the clean position of each noisy symbol, -1 for an inserted one.
+No corruption makes a text empty.
 """
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from pipeline.errors import Failure, UsageError
 
 Noisy = tuple[np.ndarray, np.ndarray]
+
+
+class Alphabet(NamedTuple):
+    """What noise draws from: `symbols` to insert and replace with, the constant `word` of the word-swap attack.
+
+    `space` is the symbol between words; None where every symbol is a word, of which `word` then is one.
+    """
+
+    symbols: np.ndarray
+    word: np.ndarray
+    space: int | None
+
 
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
-def swap(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+def swap(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
     """Exchange neighbours: disjoint pairs, so that a share `rate` of the symbols moves."""
     source = np.arange(len(symbols))
     # Pairs on a random grid (even or odd starts) are disjoint without a loop.
@@ -24,33 +38,33 @@ def swap(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.
     return symbols[source], source
 
 
-def delete(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
-    """Drop each symbol with probability `rate`; a text never becomes empty."""
+def delete(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
+    """Drop each symbol with probability `rate`; if all would go, the first stays."""
     source = np.flatnonzero(rng.random(len(symbols)) >= rate)
     if not len(source):
         source = np.array([0])
     return symbols[source], source
 
 
-def insert(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+def insert(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
     """Put a random symbol before each symbol with probability `rate`."""
     places = np.flatnonzero(rng.random(len(symbols)) < rate)
     source = np.insert(np.arange(len(symbols)), places, -1)
-    return np.insert(symbols, places, rng.choice(alphabet, len(places))), source
+    return np.insert(symbols, places, rng.choice(alphabet.symbols, len(places))), source
 
 
-def replace(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+def replace(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
     """Replace each symbol with probability `rate` by another one of the alphabet."""
     noisy = symbols.copy()
     places = np.flatnonzero(rng.random(len(symbols)) < rate)
-    ordered = np.sort(alphabet)
+    ordered = np.sort(alphabet.symbols)
     # The place of the old symbol in the alphabet, plus 1 to size-1 steps round it, is any other symbol alike.
     place = np.searchsorted(ordered, symbols[places]) % len(ordered)
     noisy[places] = ordered[(place + rng.integers(1, len(ordered), len(places))) % len(ordered)]
     return noisy, np.arange(len(symbols))
 
 
-def keyboard(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
+def keyboard(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
     """Replace each letter with probability `rate` by a neighbour on a QWERTY keyboard, in the same case."""
     noisy = symbols.copy()
     letters = np.flatnonzero(symbols < 128)
@@ -61,22 +75,68 @@ def keyboard(symbols: np.ndarray, rate: float, alphabet: np.ndarray, rng: np.ran
     return noisy, np.arange(len(symbols))
 
 
-KINDS = {"swap": swap, "delete": delete, "insert": insert, "replace": replace, "keyboard": keyboard}
+def word(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
+    """The word-swap attack: put the constant word in the place of each word with probability `rate`; spaces stay."""
+    if alphabet.space is None:
+        hit = rng.random(len(symbols)) < rate
+        return np.where(hit, alphabet.word[0], symbols).astype(symbols.dtype), np.arange(len(symbols))
+    letter = symbols != alphabet.space
+    first = letter & np.append(True, ~letter[:-1])
+    starts = np.flatnonzero(first)
+    hit = rng.random(len(starts)) < rate
+    # The False is for a text without words.
+    gone = letter & np.append(hit, False)[np.cumsum(first) - 1]
+    return _put_before(symbols, np.flatnonzero(~gone), starts[hit], alphabet.word)
 
 
-def corrupt(symbols: np.ndarray, kind: str, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> Noisy:
-    """Noisy symbols (T',) and their source (T',) for a corruption by name at a rate in 0..1."""
+def case(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
+    """Change the case of each ASCII letter with probability `rate`."""
+    noisy = symbols.copy()
+    lower = symbols | 32  # the bit in which the cases of a letter differ
+    letters = np.flatnonzero((ord("a") <= lower) & (lower <= ord("z")))
+    noisy[letters[rng.random(len(letters)) < rate]] ^= 32
+    return noisy, np.arange(len(symbols))
+
+
+def whitespace(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
+    """Touch each symbol with probability `rate`: drop a space, put one before any other; of spaces alone the first stays."""
+    if alphabet.space is None:
+        raise UsageError("corruption whitespace needs characters, tokens are words here; drop it")
+    space, touched = symbols == alphabet.space, rng.random(len(symbols)) < rate
+    kept = np.flatnonzero(~(touched & space))
+    if not len(kept):
+        kept = np.array([0])
+    return _put_before(symbols, kept, np.flatnonzero(touched & ~space), np.array([alphabet.space]))
+
+
+def _put_before(symbols: np.ndarray, kept: np.ndarray, before: np.ndarray, put: np.ndarray) -> Noisy:
+    """The symbols at the positions `kept`, and all of `put` where each position in `before` is or was."""
+    places = np.repeat(np.searchsorted(kept, before), len(put))
+    return np.insert(symbols[kept], places, np.tile(put, len(before))), np.insert(kept, places, -1)
+
+
+KINDS = {kind.__name__: kind for kind in (swap, delete, insert, replace, keyboard, word, case, whitespace)}
+
+
+def corrupt(symbols: np.ndarray, kind: str, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
+    """Noisy symbols (T',) and their source (T',) for a corruption by name at a rate in 0..1.
+
+    Raises UsageError for another name or rate, Failure for a text of no symbols.
+    """
     if kind not in KINDS:
         raise UsageError(f"corruption '{kind}' does not exist; there are: {', '.join(KINDS)}")
     if not 0 <= rate <= 1:
         raise UsageError(f"rate {rate} of corruption {kind}: expected 0 to 1")
+    if not len(symbols):
+        raise Failure(f"corruption {kind}: the text is empty; leave it out, or make it a space")
     return KINDS[kind](np.asarray(symbols), rate, alphabet, rng)
 
 
-def corrupt_text(text: str, kind: str, rate: float, alphabet: np.ndarray, rng: np.random.Generator) -> str:
+def corrupt_text(text: str, kind: str, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> str:
     """A text with noise on its code points."""
-    points, _ = corrupt(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), kind, rate, alphabet, rng)
-    return points.tobytes().decode("utf-32-le")
+    # Bytes that are no UTF-8 are lone surrogates in a text; they pass as any other code point.
+    clean = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    return corrupt(clean, kind, rate, alphabet, rng)[0].tobytes().decode("utf-32-le", "surrogatepass")
 
 
 def rng_for(seed: int, kind: str, rate: float, index: int) -> np.random.Generator:
@@ -85,9 +145,10 @@ def rng_for(seed: int, kind: str, rate: float, index: int) -> np.random.Generato
     return np.random.Generator(np.random.Philox(int.from_bytes(key, "little")))
 
 
-def alphabet(view: str) -> np.ndarray:
-    """Symbols that noise inserts: a-z and space for `text27`, printable ASCII for `bytes`."""
-    return np.array([32, *range(97, 123)] if view == "text27" else range(32, 127), dtype=np.uint16)
+def alphabet(view: str) -> Alphabet:
+    """Of characters: a-z and space for `text27`, printable ASCII for `bytes`; the word is aaa."""
+    symbols = np.array([32, *range(97, 123)] if view == "text27" else range(32, 127), dtype=np.uint16)
+    return Alphabet(symbols, word=np.frombuffer(b"aaa", dtype=np.uint8), space=32)
 
 
 def _neighbours() -> tuple[np.ndarray, np.ndarray]:

@@ -66,7 +66,7 @@ def test_texts_repeat_and_differ_by_example():
     assert not torch.equal(one.tokens_ST[0], one.tokens_ST[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "case"])  # capitals are none of the 27
 def test_characters_get_the_noise_that_bytes_get(kind):
     tokenizer = Tokenizer.characters()
     ids = [tokenizer.encode(bytes(row.tolist()).decode()) for row in SEGMENTS]
