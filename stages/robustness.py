@@ -212,7 +212,7 @@ class Bench:
             given = texts(raw.ids, self.context, pad)
             shifted = classifier_trace(model, given, mode)
             record.add("shift", "raw", 1.0, classifier_effect(clean, shifted, labels_S, given.source_ST, False))
-        return tally, collapse(model.backbone, plain.tokens_ST, mode)
+        return tally, collapse(model.backbone, plain.tokens_ST, mode, plain.source_ST >= 0)
 
     def _noises(self, units: Alphabet) -> Iterable[Noise]:
         for kind in self.settings.kinds:
