@@ -10,6 +10,7 @@ HELP = """Compare routing methods for sparse mixtures of experts, reproducibly.
 \b
 Workflow:
   dvc repro                         all stages for every method and seed of params.yaml
+  vqmoe compare                     the claims and the main table again, in the terminal
   vqmoe ui                          compare the runs in MLflow
   vqmoe train --method smoe         all stages of one method in one process, under runs/
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
@@ -117,6 +118,15 @@ _stage("report", "Compare the methods: claims, tables and plots in report/.")
 @click.option("--method", help="A section under methods. Default: the first of grid.methods.")
 def compute(file: Path | None, overrides: tuple[str, ...], method: str | None) -> None:
     _execute("compute", _load(file, overrides, method))
+
+
+@main.command(help="Print the claims and the main table of the grid's runs, as the report has them; writes nothing.")
+@_with_params
+def compare(file: Path | None, overrides: tuple[str, ...]) -> None:
+    from stages.paths import SECTIONS, Paths
+    from stages.report import read, show
+
+    show(read(_load(file, overrides).select(SECTIONS["report"]), Paths.here()))
 
 
 @main.command(help="All stages of one method in one process, in a folder of their own under runs/.")

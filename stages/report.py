@@ -1,172 +1,206 @@
-"""Compare the methods of the grid: one table, printed and as Markdown, and plots, with the data of each as CSV."""
+"""Compare the methods of the grid: claims, tables and figures, as one page, as Markdown and as CSV."""
 
 import csv
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from pipeline.errors import Failure
-from pipeline.evaluation import plots
-from pipeline.evaluation.tables import Table, comparison
+from pipeline.evaluation import findings, plots, summary, tables
+from pipeline.evaluation.claims import Claim
+from pipeline.evaluation.exhibits import exhibits
+from pipeline.evaluation.grid import Grid
+from pipeline.evaluation.html import Shown, page
 from pipeline.files import output_file, output_folder, write_rows
-from stages.paths import GRID_STAGES, Cell, Paths, read_result
+from stages.paths import Cell, Paths, read_result
+
+# Columns of the CSV files that hold text; all others are numbers or empty.
+TEXT = {"model", "mode", "family", "kind", "what"}
 
 
 def run(params: SimpleNamespace, paths: Paths) -> dict:
-    """Writes report.md, data/ (CSV) and figures/; prints the table. Returns no metrics of its own."""
-    methods, seeds = params.grid.methods, params.grid.seeds
-    references = read_result(paths.result("prepare"))["metrics"]["references"]
-    cells = {
-        method: {
-            stage: [read_result(paths.result(stage, Cell(method, seed)))["metrics"] for seed in seeds] for stage in GRID_STAGES
-        }
-        for method in methods
+    """Writes index.html, report.md, data/ (CSV) and figures/; prints claims and main table. Returns no metrics of its own."""
+    grid = read(params, paths)
+    claims, timed, measures = show(grid)
+    timings, pairs = summary.timings(grid), findings.pairs(grid)
+    main = tables.comparison("Methods compared", grid.methods, measures)
+    numbers = {
+        "claims": [claim._asdict() for claim in (*claims, *timed)],
+        "methods": tables.measure_rows(measures),
+        "compute": tables.measure_rows(timings),
+        "pairs": tables.pair_rows(pairs),
     }
-    training = _rows(paths, "pretrain", "history.csv", methods, seeds)
-    severity = _rows(paths, "robustness", "scores.csv", methods, seeds)
-    table = comparison(cells, references)
-    with output_folder(paths.report / "data") as folder:
-        write_rows(folder / "training.csv", training)
-        write_rows(folder / "severity.csv", severity)
-    figures = _figures(params, paths, training, severity, references["bits_per_character"])
-    with output_folder(paths.report / "figures") as folder:
-        for name, figure in figures.items():
-            plots.save(figure, folder / f"{name}.png", params.report.dpi)
+    shown = []
+    with output_folder(paths.report / "data") as data, output_folder(paths.report / "figures") as figures:
+        for exhibit in exhibits(grid):
+            plots.save(exhibit.figure, figures / f"{exhibit.name}.png", params.report.dpi)
+            write_rows(data / f"{exhibit.name}.csv", exhibit.rows)
+            shown.append(Shown.of(exhibit, figures, data))
+        for name, rows in numbers.items():
+            write_rows(data / f"{name}.csv", rows)
+        csvs = {name: (data / f"{name}.csv").read_bytes() for name in numbers}
+    first = [pair for pair in pairs if grid.methods[0] in (pair.first, pair.second)]
     with output_file(paths.report / "report.md") as file:
-        file.write_text(_text(params, table, _modes(severity), list(figures)), encoding="utf-8")
-    table.show()
-    print(f"Report: {paths.report / 'report.md'}\nCompare the runs in the browser: vqmoe ui")
+        # Without timings: the same params give the same file.
+        file.write_text(_text(params, grid, tables.claim_table(claims), main, first, shown), encoding="utf-8")
+    whole = {
+        "claims": tables.claim_table([*claims, *timed]),
+        "methods": main,
+        "compute": tables.comparison("Compute", grid.methods, timings),
+        "pairs": tables.pair_table("All pairs of methods", pairs, len(grid.seeds)),
+    }
+    with output_file(paths.report / "index.html") as file:
+        file.write_text(page(params.data, grid, whole, csvs, shown), encoding="utf-8")
+    print(f"Report: {paths.report / 'index.html'}\nCompare the runs in the browser: vqmoe ui")
     return {}
 
 
-def _figures(
-    params: SimpleNamespace,
-    paths: Paths,
-    training: list[dict[str, Any]],
-    severity: list[dict[str, Any]],
-    references: dict[str, float],
-) -> dict[str, Any]:
-    methods, seeds = params.grid.methods, params.grid.seeds
+def show(grid: Grid) -> tuple[list[Claim], list[Claim], list[summary.Measure]]:
+    """Print the claims and the main table; returns what they are made of, claims about timings apart."""
+    claims, timed, measures = findings.claims(grid), findings.timed_claims(grid), summary.measures(grid)
+    if claims:
+        tables.claim_table([*claims, *timed]).show()
+    tables.comparison("Methods compared", grid.methods, measures).show()
+    return claims, timed, measures
 
-    def by_seed(rows: list[dict[str, Any]], method: str, **wanted: str) -> list[list[dict[str, float]]]:
+
+def read(params: SimpleNamespace, paths: Paths) -> Grid:
+    """All that the stages wrote of a grid. Raises Failure for the first file that is missing, damaged or not finite."""
+    methods, seeds, tasks = params.grid.methods, params.grid.seeds, tuple(params.data.tasks)
+    stages = [("pretrain", None), *((stage, task) for stage in ("warmup", "finetune") for task in tasks), ("robustness", None)]
+    read_results = {
+        (stage, task): {m: [read_result(paths.result(stage, Cell(m, seed, task))) for seed in seeds] for m in methods}
+        for stage, task in stages
+    }
+    compute = {method: read_result(paths.result("compute", Cell(method, 0))) for method in methods}
+
+    def each(results: Any, key: str) -> Any:
+        return {stage: {m: [one[key] for one in found] for m, found in by.items()} for stage, by in results.items()}
+
+    runs = each(read_results, "run_id")
+
+    def rows(stage: str, file: str) -> list[dict[str, Any]]:
         return [
-            [
-                row
-                for row in rows
-                if (row["method"], row["seed"]) == (method, seed) and all(row[k] == v for k, v in wanted.items())
-            ]
-            for seed in seeds
+            {"method": method, "seed": seed, "run_id": run} | row
+            for method in methods
+            for seed, run in zip(seeds, runs[stage, None][method], strict=True)
+            for row in _numbers(paths.output(stage, Cell(method, seed)) / file)
         ]
 
-    unit = next(unit for unit in plots.UNITS if f"valid/{unit}" in training[0])
-    compressors = {f"{name} (test)": references[name] for name in ("gzip", "bz2", "xz")} if unit == "bpc" else {}
-    figures = {"training": plots.training_curves({m: by_seed(training, m) for m in methods}, unit, compressors)}
-    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in severity) if kind not in ("clean", "shift")]
-    changed = "characters" if unit == "bpc" else "tokens"
-    titles = {
-        "warmed-up": (changed, "bits per token", "Language model under noise, in the mode of inference"),
-        "classifier": ("characters", "accuracy", "Classifier under noise"),
-    }
-    for model, texts in titles.items():
-        curves = {
-            kind: {
-                method: [
-                    clean + noisy
-                    for clean, noisy in zip(
-                        by_seed(severity, method, model=model, kind="clean"),
-                        by_seed(severity, method, model=model, kind=kind),
-                        strict=True,
-                    )
-                ]
+    return Grid(
+        methods=methods,
+        seeds=seeds,
+        tasks=tasks,
+        prepared=read_result(paths.result("prepare"))["metrics"],
+        results=each(read_results, "metrics"),
+        runs=runs,
+        compute={method: found["metrics"] for method, found in compute.items()},
+        compute_runs={method: found["run_id"] for method, found in compute.items()},
+        tables={
+            "history": rows("pretrain", "history.csv"),
+            "routing": rows("pretrain", "routing.csv"),
+            **{name: rows("robustness", f"{name}.csv") for name in ("scores", "layers", "load")},
+            "confusion": [
+                {"method": method, "seed": seeds[0], "run_id": runs["finetune", task][method][0], "task": task} | row
+                for task in tasks
                 for method in methods
-            }
-            for kind in kinds
-        }
-        figures[f"robustness-{model}"] = plots.severity_curves(curves, *texts)
-    confusion, labels = _confusion(paths, methods, seeds[0])
-    figures["confusion"] = plots.confusion_maps(confusion, labels, f"Classifier on test, seed {seeds[0]}")
-    load = _rows(paths, "robustness", "load.csv", methods, seeds[:1])
-    for what in ("expert", "code"):
-        if shares := _shares(load, what):
-            figures[f"{what}-load"] = plots.share_maps(shares, what)
-    return figures
+                for row in _confusion(paths.output("finetune", Cell(method, seeds[0], task)) / "confusion.csv")
+            ],
+        },
+        units={m: [_units(paths.output("robustness", Cell(m, seed)) / "units.safetensors") for seed in seeds] for m in methods},
+        resamples=params.report.resamples,
+    )
 
 
-def _shares(load: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
-    """Share of tokens (layers, experts or codes) for each method and mode, of the first seed; none where there is no choice."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for row in load:
-        if row["what"] == what:
-            panel = found.setdefault(f"{row['method']}, {row['model']}, mode {row['mode']}", {})
-            panel.setdefault(int(row["layer"]), []).append(row["share"])
-    shares = {name: np.array([panel[layer] for layer in sorted(panel)]) for name, panel in found.items()}
-    return {name: share for name, share in shares.items() if share.shape[1] > 1}
+def _numbers(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, numbers as numbers and None where a field is empty."""
+    heads, *lines = _lines(path)
+    return [{head: _number(path, head, text) for head, text in zip(heads, line, strict=True)} for line in lines]
 
 
-def _rows(paths: Paths, stage: str, file: str, methods: tuple[str, ...], seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The rows of every cell's CSV, with method and seed; numbers as numbers."""
-    rows = []
-    for method in methods:
-        for seed in seeds:
-            heads, *lines = _lines(paths.output(stage, Cell(method, seed)) / file)
-            rows += [{"method": method, "seed": seed} | dict(zip(heads, map(_number, line), strict=True)) for line in lines]
-    return rows
+def _number(path: Path, head: str, text: str) -> str | float | None:
+    if head in TEXT:
+        return text
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise Failure(f"{path}: {head} is {text!r}, expected a finite number; run the stage again with a lower learning rate")
+    return value
 
 
-def _confusion(paths: Paths, methods: tuple[str, ...], seed: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Examples per true (rows) and predicted label for each method, and the labels."""
-    tables = {method: _lines(paths.output("finetune", Cell(method, seed)) / "confusion.csv") for method in methods}
-    counts = {method: np.array([line[1:] for line in lines], dtype=int) for method, (_, *lines) in tables.items()}
-    return counts, tables[methods[0]][0][1:]
+def _confusion(path: Path) -> list[dict[str, Any]]:
+    """A row per true and predicted label."""
+    (_, *labels), *lines = _lines(path)
+    return [
+        {"true": true, "predicted": label, "passages": int(count)}
+        for true, *counts in lines
+        for label, count in zip(labels, counts, strict=True)
+    ]
 
 
 def _lines(path: Path) -> list[list[str]]:
     try:
         with open(path, newline="", encoding="utf-8") as handle:
-            return list(csv.reader(handle))
+            lines = list(csv.reader(handle))
     except FileNotFoundError:
         raise Failure(f"{path}: not found; run `dvc repro`") from None
+    if not lines or len({len(line) for line in lines}) > 1:
+        raise Failure(f"{path}: damaged, its lines are not all as long; run `dvc repro`")
+    return lines
 
 
-def _number(text: str) -> str | float:
+def _units(path: Path) -> dict[str, np.ndarray]:
     try:
-        return float(text)
-    except ValueError:
-        return text
+        return load_file(path)
+    except FileNotFoundError:
+        raise Failure(f"{path}: not found; run `dvc repro`") from None
+    except SafetensorError as error:
+        raise Failure(f"{path}: cannot be read ({error}); run `dvc repro`") from None
 
 
-def _modes(severity: list[dict[str, Any]]) -> str:
-    """The mode of each method in pre-training and, if it is another, after it."""
-    modes: dict[str, dict[str, None]] = {}
-    for row in severity:
-        modes.setdefault(row["method"], {})[row["mode"]] = None
-    return ", ".join(f"{method} {' then '.join(found)}" for method, found in modes.items())
-
-
-def _text(params: SimpleNamespace, table: Table, modes: str, figures: list[str]) -> str:
-    seeds = ", ".join(map(str, params.grid.seeds))
-    caution = (
-        "One seed: no interval can be given, and small differences say nothing."
-        if len(params.grid.seeds) == 1
-        else "Mean +/- standard deviation over seeds."
-    )
+def _text(
+    params: SimpleNamespace,
+    grid: Grid,
+    claims: tables.Table,
+    main: tables.Table,
+    pairs: Sequence[findings.Pair],
+    shown: Sequence[Shown],
+) -> str:
+    few = findings.too_few(len(grid.seeds))
+    modes = ", ".join(f"{method} {' then '.join(dict.fromkeys(grid.modes(method)))}" for method in grid.methods)
     unknown = " and also spell what is <unk> to a model" if params.data.tokenizer == "words" else ""
     lines = [
         "# Report",
         "",
-        f"Corpus {params.data.corpus}, view {params.data.view}, task {params.data.task}, seeds {seeds}. {caution}",
+        f"Corpus {params.data.corpus}, view {params.data.view}, tasks {', '.join(grid.tasks)}, seeds "
+        f"{', '.join(map(str, grid.seeds))}. index.html has all of it, with what the measures mean and with timings, which "
+        "differ from run to run and are left out here.",
         "",
-        table.markdown(),
+        claims.markdown() if claims.rows else f"No claims: they are about {findings.CLAIMANT}, which the grid does not have.",
         "",
-        "Bits per character or perplexity: lower is better; compressors see the test split only"
-        f"{unknown}. Modes of pre-training and after it: {modes}. Lost to noise: mean over all corruptions and severities, "
-        "positive when noise hurts; experts unchanged: share of a classifier's assignments that noise leaves as they were (fewer "
-        "experts per token or an uneven load raise it by chance). A classifier reads the first model.context tokens of a "
-        "passage, TF-IDF all of it. Data of the plots: data/.",
+        main.markdown(),
         "",
-        *(f"![{name}](figures/{name}.png)" for name in figures),
+        f"{f'{few}: intervals say nothing about training again. ' if few else ''}"
+        "Means over seeds with 95 % bootstrap intervals in brackets or +/- standard deviation. Bits per character or perplexity: "
+        f"lower is better; compressors see the test split only{unknown}. Modes of pre-training and after it: {modes}. Lost to "
+        "noise: mean over all kinds and severities, positive when noise hurts; experts unchanged: share of assignments that "
+        "noise leaves as they were (fewer experts per token or an uneven load raise it by chance). A classifier reads the first "
+        "model.context tokens of a passage, TF-IDF all of it. Data: data/.",
+        "",
+        *(
+            [tables.pair_table(f"Pairs with {grid.methods[0]}", pairs, len(grid.seeds)).markdown(), ""]
+            if pairs
+            else ["One method: no pairs to compare.", ""]
+        ),
+        *(f"![{one.title}](figures/{one.name}.png)" for one in shown),
         "",
     ]
     return "\n".join(lines)

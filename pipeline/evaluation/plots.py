@@ -1,7 +1,8 @@
 """Plots of the report: one colour per method everywhere, from a palette that colour-blind readers can tell apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -11,72 +12,159 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.moe.layer import SETTINGS
 
 # A label is a user's text: a dollar in it is no formula.
 plt.rcParams["text.parse_math"] = False
 
-# Okabe and Ito's palette and a grey, and a marker each, so that the lines differ in print too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#8C8C8C")
+# Okabe and Ito's palette, its yellow, which is too bright for lines, exchanged for wine, and a grey; and a marker each, so that
+# the lines differ in print too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#8C8C8C")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
 
-# Scores of language models by their keys in metrics.
-UNITS = {"bpc": "bits per character", "perplexity": "perplexity"}
 
-Points = Sequence[Mapping[str, float]]
+class Curve(NamedTuple):
+    """A line through (x, y) and, where there are ends, a band from low to high."""
 
-
-def styles(methods: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of each method, by its place in the list."""
-    return {m: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, m in enumerate(methods)}
-
-
-def training_curves(histories: Mapping[str, Sequence[Points]], unit: str, references: Mapping[str, float]) -> Figure:
-    """Validation score in `unit` against the step; a line per method (mean over seeds), references dashed."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, style in styles(list(histories)).items():
-        steps = [row["step"] for row in histories[method][0]]
-        curves = np.array([[row[f"valid/{unit}"] for row in rows] for rows in histories[method]])
-        _band(axes, steps, curves, method, style)
-    for name, value in references.items():
-        axes.axhline(value, color="0.55", linestyle="--", linewidth=1)
-        axes.annotate(
-            name, (1, value), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points", color="0.35"
-        )
-    axes.set(xlabel="training step", ylabel=f"validation {UNITS[unit]}", title="Pre-training")
-    axes.legend(frameon=False)
-    return _finish(figure)
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
-def severity_curves(scores: Mapping[str, Mapping[str, Sequence[Points]]], unit: str, ylabel: str, title: str) -> Figure:
-    """A panel per corruption: score against the share of units changed; `scores[kind][method]` lists each seed's points."""
-    columns = min(3, len(scores))
-    rows = -(-len(scores) // columns)
+class Point(NamedTuple):
+    """A point and, where there are ends, a bar from low to high; hollow in a method's other mode."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    hollow: bool = False
+
+
+class Panel(NamedTuple):
+    """Axes of a figure: a title, what the axes say, and what each method shows there."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    methods: Mapping[str, Curve] | Mapping[str, Sequence[Point]]
+
+
+class Bars(NamedTuple):
+    """Two bars for each thing compared with: values in percent, and low and high ends of the second."""
+
+    title: str
+    first: Sequence[float]
+    second: Sequence[tuple[float, float, float] | None]
+    names: Sequence[str]
+
+
+def styles(methods: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each method, by its place among all methods: the same in every experiment."""
+    places = {method: place for place, method in enumerate(SETTINGS)}
+    return {m: {"color": COLOURS[places[m] % len(COLOURS)], "marker": MARKERS[places[m] % len(MARKERS)]} for m in methods}
+
+
+def curves(panels: Sequence[Panel], title: str, references: Mapping[str, float] | None = None) -> Figure:
+    """A line per method in every panel; references are dashed lines, named at their right ends."""
+    figure, axes_of = _grid(panels)
+    for axes, panel in zip(axes_of, panels, strict=True):
+        # The bands of many methods lie on each other.
+        alpha = 0.2 if len(panel.methods) < 5 else 0.08
+        for method, style in styles(panel.methods).items():
+            curve = panel.methods[method]
+            axes.plot(curve.x, curve.y, label=method, markersize=5, linewidth=1.6, **style)
+            if curve.low is not None:
+                axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=alpha, linewidth=0)
+        for name, value in (references or {}).items():
+            axes.axhline(value, color="0.55", linestyle="--", linewidth=1)
+            axes.annotate(
+                name, (1, value), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points", color="0.35"
+            )
+        if all(float(x).is_integer() for curve in panel.methods.values() for x in curve.x):
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return _finish(figure, axes_of, title)
+
+
+def points(panels: Sequence[Panel], title: str) -> Figure:
+    """Points of each method in every panel; those of one method are joined where one is hollow."""
+    figure, axes_of = _grid(panels)
+    for axes, panel in zip(axes_of, panels, strict=True):
+        for method, style in styles(panel.methods).items():
+            shown = panel.methods[method]
+            if any(point.hollow for point in shown):
+                axes.plot([p.x for p in shown], [p.y for p in shown], color=style["color"], linewidth=1, zorder=1)
+            for place, point in enumerate(shown):
+                error = None if point.low is None else [[max(point.y - point.low, 0)], [max(point.high - point.y, 0)]]
+                axes.errorbar(
+                    point.x,
+                    point.y,
+                    error,
+                    linestyle="",
+                    markersize=7,
+                    capsize=3,
+                    label=None if place else method,
+                    markerfacecolor="white" if point.hollow else style["color"],
+                    **style,
+                )
+        axes.margins(0.12)
+    return _finish(figure, axes_of, title)
+
+
+def heat_maps(maps: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndarray, str]], title: str) -> Figure:
+    """A panel per model: rows, columns, values (NaN where there are none) and their unit; a colour bar each."""
+    widths = [len(columns) for _, columns, _, _ in maps.values()]
+    heights = [0.38 * len(rows) + 1.5 for rows, _, _, _ in maps.values()]
     figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(5, 3.1 * columns + 0.6), 2.7 * rows + 1),
-        sharex=True,
-        sharey=True,
+        len(maps),
+        1,
+        figsize=(max(6.0, 0.72 * max(widths) + 3), sum(heights) + 0.5),
+        height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
-    for axes, (kind, methods) in zip(grid.flat, scores.items(), strict=False):
-        for method, style in styles(list(methods)).items():
-            rates = [100 * point["rate"] for point in methods[method][0]]
-            _band(axes, rates, np.array([[point["score"] for point in seed] for seed in methods[method]]), method, style)
-        axes.set_title(kind, fontsize=10)
-    for axes in list(grid.flat)[len(scores) :]:
-        axes.set_visible(False)
-    for column in range(columns):
-        lowest = max(row for row in range(rows) if row * columns + column < len(scores))
-        grid[lowest, column].set_xlabel(f"{unit} changed, %")
-        grid[lowest, column].tick_params(labelbottom=True)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(ylabel)
+    for axes, (name, (rows, columns, values, unit)) in zip(grid[:, 0], maps.items(), strict=True):
+        known = values[~np.isnan(values)]
+        low, high = min(0.0, known.min()), max(known.max(), known.min() + 1e-9, 1e-9)
+        image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        _numbers(axes, values, low + 0.6 * (high - low), 2 if high < 10 else 1)
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(rows)), rows)
+        figure.colorbar(image, ax=axes, label=unit, pad=0.02)
     figure.suptitle(title)
-    # Below the panels: in one of them it would hide the lines of many methods.
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, 2 * columns), frameon=False)
-    return _finish(figure)
+    return figure
+
+
+def saving_bars(panels: Sequence[Bars], title: str, first: str, second: str, claimed: float) -> Figure:
+    """A panel each: horizontal bars, two for each name, in percent; a dashed line at what is claimed."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    height = 0.55 * max(len(panel.names) for panel in panels) + 1
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.8 * columns + 0.6, height * rows + 0.9), sharex=True, squeeze=False, layout="constrained"
+    )
+    used = list(grid.flat)[: len(panels)]
+    for axes, panel in zip(used, panels, strict=True):
+        place = np.arange(len(panel.names))
+        axes.barh(place - 0.2, panel.first, 0.38, color="0.35", label=first)
+        timed = [(i, bar) for i, bar in enumerate(panel.second) if bar is not None]
+        values = np.array([bar for _, bar in timed]).reshape(-1, 3)
+        errors = np.abs(values[:, 1:] - values[:, :1]).T
+        axes.barh([i + 0.2 for i, _ in timed], values[:, 0], 0.38, xerr=errors, capsize=3, color="0.72", label=second)
+        axes.axvline(claimed, color="0.3", linestyle="--", linewidth=1, label=f"{claimed:g} % claimed")
+        axes.axvline(0, color="0.2", linewidth=0.8)
+        axes.set_yticks(place, panel.names)
+        axes.invert_yaxis()
+        axes.set_title(panel.title, fontsize=10)
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("saved, %")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    return _finish(figure, used, title)
 
 
 def share_maps(shares: Mapping[str, np.ndarray], what: str) -> Figure:
@@ -148,22 +236,42 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
     plt.close(figure)
 
 
-def _band(axes: plt.Axes, x: Sequence[float], curves: np.ndarray, label: str, style: Mapping[str, str]) -> None:
-    """Mean over seeds (first axis); with several seeds a band from the lowest to the highest."""
-    axes.plot(x, curves.mean(0), label=label, markersize=4, linewidth=1.6, **style)
-    if len(curves) > 1:
-        axes.fill_between(x, curves.min(0), curves.max(0), color=style["color"], alpha=0.2, linewidth=0)
+def _grid(panels: Sequence[Panel]) -> tuple[Figure, list[plt.Axes]]:
+    """A figure with axes for the panels, titled and labelled; they share the y axis where all mean the same by it."""
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    rows = -(-len(panels) // columns)
+    size = (7, 4.4) if len(panels) == 1 else (3.3 * columns + 0.6, 2.7 * rows + 1.1)
+    shared = len({panel.ylabel for panel in panels}) == 1
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=shared, squeeze=False, layout="constrained")
+    for place, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
+        axes.set_title(panel.title, fontsize=10)
+        # Under the lowest panel of a column, where all say the same.
+        if place + columns >= len(panels) or len({other.xlabel for other in panels}) > 1:
+            axes.set_xlabel(panel.xlabel)
+        if not (shared and place % columns):
+            axes.set_ylabel(panel.ylabel)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    return figure, list(grid.flat)[: len(panels)]
 
 
-def _numbers(axes: plt.Axes, values: np.ndarray, bright: float) -> None:
-    """Each cell's value in it, dark on cells that are bright."""
+def _numbers(axes: plt.Axes, values: np.ndarray, bright: float, digits: int = 0) -> None:
+    """Each cell's value in it, dark on cells that are bright; nothing where there is none."""
     for (row, column), value in np.ndenumerate(values):
-        colour = "black" if value > bright else "white"
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        if not np.isnan(value):
+            colour = "black" if value > bright else "white"
+            axes.text(column, row, f"{value:z.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
 
 
-def _finish(figure: Figure) -> Figure:
-    for axes in figure.axes:
+def _finish(figure: Figure, axes_of: Sequence[plt.Axes], title: str) -> Figure:
+    """Title, light grid, and one legend for all panels below them: in one of them it would hide lines."""
+    entries: dict[str, object] = {}
+    for axes in axes_of:
         axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.suptitle(title)
+    across = max(1, int(figure.get_size_inches()[0] / 1.7))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=across, frameon=False)
     return figure

@@ -1,12 +1,21 @@
 """Tables of results: plain rows first, then as text on the terminal and as Markdown."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
+
+from pipeline.evaluation.claims import Claim
+from pipeline.evaluation.findings import Pair, too_few
+from pipeline.evaluation.statistics import Estimate
+from pipeline.evaluation.summary import Measure, Spread
+
+_NUMBER = r"-?[\d.]+"
+_INTERVAL = rf"\[{_NUMBER}, {_NUMBER}\]"
+_NUMERIC = re.compile(rf"({_NUMBER}( \+/- {_NUMBER}| {_INTERVAL})?( \(.*\)| %| points)?|{_INTERVAL})?")
 
 
 class Table(NamedTuple):
@@ -17,91 +26,100 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        lines = [f"### {self.title}", "", "| " + " | ".join(self.heads) + " |"]
-        lines.append("|" + "|".join("---:" if self._numeric(column) else "---" for column in range(len(self.heads))) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        return "\n".join(lines)
+        lines = [f"### {self.title}", "", _line(self.heads)]
+        lines.append("|" + "|".join("---:" if self.numeric(column) else "---" for column in range(len(self.heads))) + "|")
+        return "\n".join([*lines, *map(_line, self.rows)])
 
-    def _numeric(self, column: int) -> bool:
-        return all(re.fullmatch(r"(-?[\d.]+( \+/- [\d.]+)?)?", row[column]) for row in self.rows)
+    def numeric(self, column: int) -> bool:
+        return any(row[column] for row in self.rows) and all(_NUMERIC.fullmatch(row[column]) for row in self.rows)
 
     def show(self) -> None:
         """Print on the terminal; where the output is no terminal, wide enough that nothing is cut."""
         console = Console()
         if not console.is_terminal:
-            console = Console(width=160)
-        table = RichTable(title=self.title, title_justify="left")
+            console = Console(width=max(160, 40 + 26 * len(self.heads)))
+        table = RichTable(title=Text(self.title, "italic"), title_justify="left")
         for column, head in enumerate(self.heads):
             # On a narrow terminal numbers stay whole, words give way.
-            numeric = self._numeric(column)
-            table.add_column(head, justify="right" if numeric else "left", no_wrap=numeric)
+            numeric = self.numeric(column)
+            table.add_column(Text(head), justify="right" if numeric else "left", no_wrap=numeric)
         for row in self.rows:
-            table.add_row(*row)
+            # As Text: rich would take [words] in brackets for markup.
+            table.add_row(*map(Text, row))
         console.print(table)
 
 
-def mean(values: Iterable[float | None], digits: int, scale: float = 1.0) -> str:
-    """Mean over seeds, with the standard deviation where there are several."""
-    array = np.array(list(values), dtype=float) * scale
-    if len(array) == 1:
-        return f"{array[0]:.{digits}f}"
-    return f"{array.mean():.{digits}f} +/- {array.std(ddof=1):.{digits}f}"
+def value_text(value: Estimate | Spread | None, digits: int, scale: float = 1.0) -> str:
+    """`mean [low, high]` or `mean +/- deviation`, nothing where there is no value; no minus before a zero."""
+
+    def number(one: float) -> str:
+        return f"{scale * one:z.{digits}f}"
+
+    if value is None:
+        return ""
+    if isinstance(value, Estimate):
+        return f"{number(value.value)} [{number(value.low)}, {number(value.high)}]"
+    return number(value.value) + ("" if value.deviation is None else f" +/- {number(value.deviation)}")
 
 
-def comparison(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], references: Mapping[str, Any]) -> Table:
-    """One row per measure and one column per method: `cells[method][stage]` lists that stage's metrics, one per seed.
-
-    The last column names what a score has to be compared with: compressors and TF-IDF, `references` from `prepare`.
-    """
-    compressors = ", ".join(f"{name} {value:.3f}" for name, value in references["bits_per_character"].items())
-    perplexities = ", ".join(f"{name} {value:.0f}" for name, value in references.get("perplexity", {}).items())
-    tfidf = references["tfidf"]
-    # Measure, stage, keys into its metrics, digits, scale, what to compare with.
-    measures: list[tuple[str, str, tuple[str, ...], int, float, str]] = [
-        ("test bits per character", "pretrain", ("test", "bpc"), 3, 1, compressors),
-        ("- discrete path alone", "pretrain", ("test", "bpc_discrete"), 3, 1, ""),
-        ("- router's top-k experts alone", "pretrain", ("test", "bpc_router"), 3, 1, ""),
-        ("test perplexity", "pretrain", ("test", "perplexity"), 2, 1, perplexities),
-        ("- discrete path alone", "pretrain", ("test", "perplexity_discrete"), 2, 1, ""),
-        ("- router's top-k experts alone", "pretrain", ("test", "perplexity_router"), 2, 1, ""),
-        ("valid bits per character of the task, before warm-up", "warmup", ("before", "bpc"), 3, 1, "mode of inference"),
-        ("- after warm-up", "warmup", ("after", "bpc"), 3, 1, "mode of inference"),
-        ("valid perplexity of the task, before warm-up", "warmup", ("before", "perplexity"), 2, 1, "mode of inference"),
-        ("- after warm-up", "warmup", ("after", "perplexity"), 2, 1, "mode of inference"),
-        ("codebook utilisation %", "warmup", ("after", "code_utilisation"), 0, 100, ""),
-        ("codebook perplexity", "warmup", ("after", "code_perplexity"), 2, 1, ""),
-        ("quantization error, before warm-up", "warmup", ("before", "code_error"), 3, 1, "squared, per element"),
-        ("- after warm-up", "warmup", ("after", "code_error"), 3, 1, "squared, per element"),
-        ("test accuracy %", "finetune", ("test", "accuracy"), 1, 100, f"TF-IDF {100 * tfidf['accuracy']:.1f}"),
-        ("test macro-F1 %", "finetune", ("test", "macro_f1"), 1, 100, f"TF-IDF {100 * tfidf['macro_f1']:.1f}"),
-        (
-            "- accuracy without pre-training %",
-            "finetune",
-            ("scratch", "accuracy"),
-            1,
-            100,
-            f"majority {100 * tfidf['majority']:.1f}",
-        ),
-        ("- macro-F1 without pre-training %", "finetune", ("scratch", "macro_f1"), 1, 100, ""),
-        ("bits per token lost to noise", "robustness", ("warmed-up", "degradation"), 3, 1, "mode of inference"),
-        ("bits per token lost on raw text", "robustness", ("warmed-up", "shift"), 3, 1, "mode of inference"),
-        ("accuracy points lost to noise", "robustness", ("classifier", "degradation"), 1, 100, ""),
-        ("experts unchanged by noise %", "robustness", ("classifier", "consistency"), 1, 100, ""),
-        ("accuracy points lost on raw text", "robustness", ("classifier", "shift"), 1, 100, ""),
-        ("parameters, million", "pretrain", ("parameters",), 2, 1e-6, ""),
-        ("MFLOPs per token, pre-training", "pretrain", ("flops_per_token",), 2, 1e-6, "forward pass"),
-        ("MFLOPs per token, fine-tuning", "finetune", ("flops_per_token",), 2, 1e-6, "forward pass"),
-    ]
+def comparison(title: str, methods: Sequence[str], measures: Sequence[Measure]) -> Table:
+    """One row per measure and one column per method; the last column says what a score has to be compared with."""
     rows = []
-    for measure, stage, keys, digits, scale, note in measures:
-        values = [[_at(entry, keys) for entry in stages[stage]] for stages in cells.values()]
-        if any(None not in seeds for seeds in values):
-            rows.append((measure, *("" if None in seeds else mean(seeds, digits, scale) for seeds in values), note))
-    return Table("Methods compared", ("measure", *cells, "to compare with"), rows)
+    for measure in measures:
+        cells = []
+        for method in methods:
+            text = value_text(measure.values.get(method), measure.digits, measure.scale)
+            cells.append(f"{text} ({measure.labels[method]})" if text and method in measure.labels else text)
+        rows.append((measure.name, *cells, measure.note))
+    return Table(title, ("measure", *methods, "to compare with"), rows)
 
 
-def _at(metrics: Mapping[str, Any], keys: Sequence[str]) -> float | None:
-    value: Any = metrics
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def claim_table(claims: Sequence[Claim]) -> Table:
+    return Table("Claims of the paper", ("claim", "measured", "95 % interval", "verdict", "note"), [tuple(c) for c in claims])
+
+
+def pair_table(title: str, pairs: Sequence[Pair], seeds: int) -> Table:
+    """The first method's value less the second's."""
+    rows = [
+        (
+            pair.measure,
+            f"{pair.first} - {pair.second}",
+            f"{pair.scale * pair.estimate.value:z.{pair.digits}f}",
+            f"[{pair.scale * pair.estimate.low:z.{pair.digits}f}, {pair.scale * pair.estimate.high:z.{pair.digits}f}]",
+            f"{pair.estimate.p:.3f}",
+            f"{pair.p_holm:.3f}",
+            too_few(seeds),
+        )
+        for pair in pairs
+    ]
+    return Table(title, ("measure", "methods", "difference", "95 % interval", "p", "p (Holm)", "note"), rows)
+
+
+def measure_rows(measures: Sequence[Measure]) -> list[dict[str, Any]]:
+    """The numbers of `comparison`, unrounded, a row per measure and method. A row named "- ..." is part of the one above."""
+    rows, above = [], ""
+    for measure in measures:
+        above = above if measure.name.startswith("- ") else measure.name
+        name = measure.name if above == measure.name else f"{above} {measure.name}"
+        for method, value in measure.values.items():
+            if value is not None:
+                ends = value._asdict()
+                row = {"measure": name, "method": method, "value": ends["value"]}
+                row |= {key: ends.get(key) for key in ("low", "high", "deviation")}
+                rows.append({key: one * measure.scale if isinstance(one, float) else one for key, one in row.items()})
+    return rows
+
+
+def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """The numbers of `pair_table`, unrounded."""
+    return [
+        {"measure": pair.measure, "first": pair.first, "second": pair.second}
+        | {key: pair.scale * getattr(pair.estimate, key) for key in ("value", "low", "high")}
+        | {"p": pair.estimate.p, "p_holm": pair.p_holm}
+        for pair in pairs
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    # A bar in a user's name would end the cell.
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

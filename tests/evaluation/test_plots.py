@@ -1,23 +1,94 @@
+import math
+
 import numpy as np
 
-from pipeline.evaluation.plots import confusion_maps, save, severity_curves, share_maps, styles
+from pipeline.evaluation.plots import (
+    Bars,
+    Curve,
+    Panel,
+    Point,
+    confusion_maps,
+    curves,
+    heat_maps,
+    points,
+    save,
+    saving_bars,
+    share_maps,
+    styles,
+)
 from pipeline.moe.layer import SETTINGS
 
 
-def test_no_two_methods_look_alike():
-    looks = styles(list(SETTINGS)).values()
-    assert len({look["color"] for look in looks}) == len({look["marker"] for look in looks}) == len(SETTINGS)
+def visible(figure):
+    return [axes for axes in figure.axes if axes.get_visible() and axes.get_label() != "<colorbar>"]
 
 
-def test_a_panel_per_corruption_and_one_legend_for_all():
-    points = [[{"rate": 0.0, "score": 1.0}, {"rate": 0.1, "score": 2.0}]]
-    figure = severity_curves({kind: {"vqmoe": points, "smoe": points} for kind in "abcd"}, "tokens", "bits per token", "Noise")
-    panels = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title() for axes in panels] == list("abcd")
-    # Each column has its label under its lowest panel.
-    assert [axes.get_xlabel() for axes in panels] == ["", "tokens changed, %", "tokens changed, %", "tokens changed, %"]
+def test_no_two_methods_look_alike_and_each_the_same_in_every_experiment():
+    looks = styles(SETTINGS)
+    assert len({look["color"] for look in looks.values()}) == len({look["marker"] for look in looks.values()}) == len(SETTINGS)
+    assert styles(["smoe", "dense"]) == {name: looks[name] for name in ("smoe", "dense")}
+
+
+def test_a_panel_each_with_its_lines_and_bands_and_one_legend_for_all():
+    lines = {"vqmoe": Curve([0, 10], [1.0, 2.0], [0.9, 1.5], [1.1, 2.5]), "smoe": Curve([0, 10], [3.0, 4.0])}
+    figure = curves([Panel(kind, "changed, %", "bits per token", lines) for kind in "abcde"], "Noise", {"bz2": 1.9})
+    panels = visible(figure)
+    assert [axes.get_title() for axes in panels] == list("abcde")
+    # Each column has its label under its lowest panel, each row at its first.
+    assert [axes.get_xlabel() for axes in panels] == ["", "", "changed, %", "changed, %", "changed, %"]
+    assert [axes.get_ylabel() for axes in panels] == ["bits per token", "", "", "bits per token", ""]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["vqmoe", "smoe"]
-    assert panels[0].lines[0].get_xdata().tolist() == [0, 10]
+    assert panels[0].lines[0].get_ydata().tolist() == [1.0, 2.0]
+    (band,) = panels[0].collections
+    assert set(band.get_paths()[0].vertices[:, 1]) == {0.9, 1.5, 1.1, 2.5}
+    assert panels[0].lines[2].get_ydata() == [1.9, 1.9]
+
+
+def test_panels_of_other_measures_have_labels_and_scales_of_their_own():
+    figure = curves(
+        [Panel("", "step", name, {"smoe": Curve([1, 2], [value, value])}) for name, value in (("a", 1), ("b", 99))], ""
+    )
+    first, second = visible(figure)
+    assert [first.get_ylabel(), second.get_ylabel()] == ["a", "b"]
+    assert first.get_ylim()[1] < 2 < second.get_ylim()[0]
+
+
+def test_points_have_their_bars_and_a_hollow_one_is_joined_to_the_full():
+    shown = {"vqmoe": [Point(1.6, 2.0, 1.5, 2.25, hollow=True), Point(1.2, 3.0)], "smoe": [Point(1.5, 1.0)]}
+    (axes,) = visible(points([Panel("", "MFLOPs", "bits", shown)], "Compute"))
+    joined, hollow, full = axes.lines[0], *(line for line in axes.lines if line.get_marker() == "o")
+    assert joined.get_xdata().tolist() == [1.6, 1.2]
+    assert (hollow.get_markerfacecolor(), full.get_markerfacecolor()) == ("white", styles(["vqmoe"])["vqmoe"]["color"])
+    assert np.allclose(axes.collections[0].get_segments()[0], [[1.6, 1.5], [1.6, 2.25]])
+
+
+def test_a_heat_map_has_a_number_in_every_cell_that_has_one(tmp_path):
+    values = np.array([[0.25, math.nan], [-0.001, 0.5]])
+    maps = {
+        "Language model": (("a", "b"), ("swap", "raw"), values, "bits"),
+        "era": (("a",), ("swap",), np.array([[25.0]]), "points"),
+    }
+    figure = heat_maps(maps, "Lost")
+    first, second = visible(figure)
+    assert [text.get_text() for text in first.texts] == ["0.25", "0.00", "0.50"]
+    assert [text.get_text() for text in second.texts] == ["25.0"]
+    # Dark on bright cells, bright on dark ones.
+    assert [text.get_color() for text in first.texts] == ["white", "white", "black"]
+    assert [axes.get_ylabel() for axes in figure.axes if axes not in (first, second)] == ["bits", "points"]
+    save(figure, tmp_path / "figure.png", 60)
+
+
+def test_a_heat_map_of_no_loss_at_all_can_be_drawn(tmp_path):
+    save(heat_maps({"era": (("a",), ("swap",), np.array([[0.0]]), "points")}, "Lost"), tmp_path / "figure.png", 60)
+
+
+def test_savings_are_bars_with_their_intervals_and_what_was_not_timed_has_none():
+    panel = Bars("vqmoe", [25, 20], [(31, 29, 34), None], ["both", "smoe"])
+    (axes,) = visible(saving_bars([panel], "Saved", "FLOPs", "time", 28))
+    assert [bar.get_width() for bar in axes.patches] == [25, 20, 31]
+    (interval,) = axes.collections
+    assert interval.get_segments()[0][:, 0].tolist() == [29, 34]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["both", "smoe"]
 
 
 def test_a_share_map_says_its_shares_and_a_dollar_is_a_dollar(tmp_path):

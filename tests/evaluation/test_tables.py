@@ -1,59 +1,63 @@
-from pipeline.evaluation.tables import comparison, mean
+import io
 
-REFERENCES = {"bits_per_character": {"bz2": 1.863}, "tfidf": {"accuracy": 0.79, "macro_f1": 0.7, "majority": 0.4}}
+from rich.console import Console
 
+from pipeline.evaluation import tables
+from pipeline.evaluation.claims import Claim
+from pipeline.evaluation.findings import Pair
+from pipeline.evaluation.statistics import Estimate
+from pipeline.evaluation.summary import Measure, Spread
+from pipeline.evaluation.tables import Table, claim_table, comparison, measure_rows, pair_rows, pair_table, value_text
 
-def cell(bpc, accuracy, **more):
-    return {
-        "pretrain": {"test": {"bpc": bpc} | more, "parameters": 2_000_000, "flops_per_token": 2e6},
-        "warmup": {"before": {"bpc": 2.0}, "after": {"bpc": 1.9}},
-        "finetune": {"test": {"accuracy": accuracy, "macro_f1": 0.5}, "flops_per_token": 1e6},
-        "robustness": {
-            "warmed-up": {"degradation": 0.5},
-            "classifier": {"degradation": 0.1, "consistency": 0.9},
-        },
-    }
-
-
-def by_stage(*entries):
-    return {stage: [entry[stage] for entry in entries] for stage in entries[0]}
+MEASURES = [
+    Measure("lost", {"vqmoe": Estimate(0.1, 0.05, 0.2), "smoe": None}, 1, 100, "mode", {"vqmoe": "swap 10 %"}),
+    Measure("- after", {"smoe": Spread(0.5, 0.25)}, 2),
+]
+PAIR = Pair("lost", "vqmoe", "smoe", Estimate(-0.125, -0.25, -0.0001, 0.0123), 0.0369, 1, 100)
 
 
-def test_mean_over_seeds_shows_its_spread():
-    assert mean([1.5], 2) == "1.50"
-    assert mean([0.5, 0.7], 1, 100) == "60.0 +/- 14.1"
+def test_a_value_shows_its_interval_or_its_spread():
+    assert value_text(Spread(1.5, None), 2) == "1.50"
+    assert value_text(Spread(0.6, 0.1414), 1, 100) == "60.0 +/- 14.1"
+    assert value_text(Estimate(0.7094, 0.7, 0.72), 3) == "0.709 [0.700, 0.720]"
+    assert value_text(Estimate(-0.0001, -0.01, 0.01), 2) == "0.00 [-0.01, 0.01]"
+    assert value_text(None, 1) == ""
 
 
 def test_a_row_per_measure_a_column_per_method_and_blanks_where_a_measure_does_not_apply():
-    table = comparison(
-        {"vqmoe": by_stage(cell(1.6, 0.5, bpc_discrete=1.7), cell(1.8, 0.5, bpc_discrete=1.9)), "smoe": by_stage(cell(1.5, 0.6))},
-        REFERENCES,
-    )
-    rows = {row[0]: row[1:] for row in table.rows}
+    table = comparison("Methods compared", ("vqmoe", "smoe"), MEASURES)
     assert table.heads == ("measure", "vqmoe", "smoe", "to compare with")
-    assert rows["test bits per character"] == ("1.700 +/- 0.141", "1.500", "bz2 1.863")
-    assert rows["- discrete path alone"][:2] == ("1.800 +/- 0.141", "")
-    assert rows["test accuracy %"] == ("50.0 +/- 0.0", "60.0", "TF-IDF 79.0")
-    assert rows["experts unchanged by noise %"][:2] == ("90.0 +/- 0.0", "90.0")
-    # No entry has these.
-    assert "codebook utilisation %" not in rows
-    assert "- accuracy without pre-training %" not in rows
-    assert "test perplexity" not in rows
-    assert all(len(row) == len(table.heads) for row in table.rows)
-    assert table.markdown().count("\n") == len(table.rows) + 3
+    assert table.rows == [("lost", "10.0 [5.0, 20.0] (swap 10 %)", "", "mode"), ("- after", "", "0.50 +/- 0.25", "")]
+    assert [table.numeric(column) for column in range(4)] == [False, True, True, False]
+    assert table.markdown().splitlines()[2:4] == ["| measure | vqmoe | smoe | to compare with |", "|---|---:|---:|---|"]
 
 
-def test_rows_are_those_of_the_unit_there_is():
-    words = cell(0, 0.5)
-    words["pretrain"]["test"] = {"perplexity": 31.236, "perplexity_discrete": 40.0}
-    words["warmup"] = {"before": {"perplexity": 50.0}, "after": {"perplexity": 45.0}}
-    words["pretrain"]["test"] |= {"perplexity_router": 60.0}
-    rows = comparison({"vqmoe": by_stage(words)}, REFERENCES | {"perplexity": {"unigram": 950.2}}).rows
-    assert rows[:5] == [
-        ("test perplexity", "31.24", "unigram 950"),
-        ("- discrete path alone", "40.00", ""),
-        ("- router's top-k experts alone", "60.00", ""),
-        ("valid perplexity of the task, before warm-up", "50.00", "mode of inference"),
-        ("- after warm-up", "45.00", "mode of inference"),
+def test_the_numbers_behind_a_table_are_unrounded_and_parts_name_their_whole():
+    assert measure_rows(MEASURES) == [
+        {"measure": "lost", "method": "vqmoe", "value": 10.0, "low": 5.0, "high": 20.0, "deviation": None},
+        {"measure": "lost - after", "method": "smoe", "value": 0.5, "low": None, "high": None, "deviation": 0.25},
     ]
-    assert not any("per character" in row[0] for row in rows)
+    (row,) = pair_rows([PAIR])
+    assert row == {"measure": "lost", "first": "vqmoe", "second": "smoe", "value": -12.5, "low": -25.0, "high": -0.01} | {
+        "p": 0.0123,
+        "p_holm": 0.0369,
+    }
+
+
+def test_claims_and_pairs_are_ready_text():
+    claim = Claim("28 % more robust", "50.1 %", "[48.8, 51.3]", "supported", "")
+    table = claim_table([claim])
+    assert table.rows == [("28 % more robust", "50.1 %", "[48.8, 51.3]", "supported", "")]
+    assert [table.numeric(column) for column in range(5)] == [False, True, True, False, False]
+    assert pair_table("Pairs", [PAIR], 2).rows == [
+        ("lost", "vqmoe - smoe", "-12.5", "[-25.0, 0.0]", "0.012", "0.037", "2 seeds: fewer than 3")
+    ]
+
+
+def test_text_of_a_user_stays_what_it_is(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(tables, "Console", lambda **more: Console(file=out, **more))
+    table = Table("a [red]title", ("a | b", "[bold]x"), [("[link]y", "z")])
+    table.show()
+    assert "a [red]title" in out.getvalue() and "[link]y" in out.getvalue() and "[bold]x" in out.getvalue()
+    assert table.markdown().splitlines()[2] == r"| a \| b | [bold]x |"

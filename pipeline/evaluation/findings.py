@@ -1,0 +1,194 @@
+"""What the grid says about the paper's claims, and about every pair of methods.
+
+Shapes: S seeds, U units.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.evaluation.claims import Claim, verdict
+from pipeline.evaluation.grid import LANGUAGE, Grid, Sample
+from pipeline.evaluation.statistics import MIN_SEEDS, Estimate, difference, gain, holm
+from pipeline.moe.routers import ROUTERS
+
+CLAIMANT = "vqmoe"
+CLAIMED = 0.28
+FAMILIES = {"noise": "noise", "attack": "the adaptive attack"}
+
+
+class Pair(NamedTuple):
+    """A measure of one method less that of another, paired by seed and unit; p adjusted over the pairs of the measure."""
+
+    measure: str
+    first: str
+    second: str
+    estimate: Estimate
+    p_holm: float
+    digits: int
+    scale: float
+
+
+def claims(grid: Grid) -> list[Claim]:
+    """What the paper claims of VQMoE against what the grid measured; none without it. Of timings, none."""
+    if CLAIMANT not in grid.methods:
+        return []
+    rivals = [method for method in grid.methods if method in ROUTERS]
+    return [*_robust(grid, rivals), *_flops(grid), *_accurate(grid, rivals), *_consistent(grid, rivals)]
+
+
+def timed_claims(grid: Grid) -> list[Claim]:
+    """The claim about compute in measured time of fine-tuning, which differs from run to run."""
+    if CLAIMANT not in grid.methods:
+        return []
+    found = []
+    for rival, mode in _compared(grid):
+        if saved := time_saving(grid.compute, (CLAIMANT, grid.modes(CLAIMANT)[1]), (rival, mode), "finetune"):
+            name = f"{100 * CLAIMED:g} % less time to fine-tune than {_other(rival, mode)}"
+            found.append(_claim(name, saved, CLAIMED, None, "time, measured"))
+    return found
+
+
+def time_saving(compute: Mapping[str, Any], one: tuple[str, str], other: tuple[str, str], phase: str) -> Estimate | None:
+    """Share of the time per token that one (method, mode) saves over another.
+
+    Two modes of a method were timed side by side; of two methods the interval has the extremes of both medians' intervals.
+    """
+    if one[0] == other[0]:
+        saved = compute[one[0]].get("saving", {}).get(phase)
+        return Estimate(saved["seconds"], saved["low"], saved["high"]) if saved else None
+    a, b = (compute[method].get(phase, {}).get(mode) for method, mode in (one, other))
+    if not a or not b:
+        return None
+    return Estimate(
+        1 - b["tokens_per_second"] / a["tokens_per_second"],
+        1 - b["high"] / a["low"],
+        1 - b["low"] / a["high"],
+    )
+
+
+def flops_saving(compute: Mapping[str, Any], one: tuple[str, str], other: tuple[str, str]) -> float:
+    """Share of the forward FLOPs per token that one (method, mode) saves over another."""
+    (a, b) = (compute[method]["flops_per_token"][mode] for method, mode in (one, other))
+    return 1 - a / b
+
+
+def pairs(grid: Grid) -> list[Pair]:
+    """Every pair of methods, VQMoE's first, in each of the main measures that both have."""
+    order = sorted(grid.methods, key=lambda method: method != CLAIMANT)
+    found = []
+    for model in grid.models:
+        unit, digits, scale = ("bits per token", 3, 1) if model == LANGUAGE else ("accuracy points", 1, 100)
+        clean = "clean bits per token" if model == LANGUAGE else "clean accuracy points"
+        texts = {"clean": clean} | {family: f"{unit} lost to {text}" for family, text in FAMILIES.items()}
+        for family, text in texts.items():
+            name = f"{_model(model)}: {text}"
+            samples = {m: grid.sample(m, model, family, "score" if family == "clean" else "lost") for m in order}
+            both = [(a, b) for a, b in itertools.combinations(order, 2) if samples[a] and samples[b]]
+            estimates = [_difference(grid, samples[a], samples[b]) for a, b in both]
+            adjusted = holm([one.p for one in estimates])
+            found += [Pair(name, a, b, one, p, digits, scale) for (a, b), one, p in zip(both, estimates, adjusted, strict=True)]
+    return found
+
+
+def too_few(seeds: int) -> str:
+    """A note where the seeds are too few to speak of all seeds."""
+    return f"{seeds} {'seed' if seeds == 1 else 'seeds'}: fewer than {MIN_SEEDS}" if seeds < MIN_SEEDS else ""
+
+
+def _robust(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
+    found = []
+    for model, (family, text) in itertools.product(grid.models, FAMILIES.items()):
+        ours = grid.sample(CLAIMANT, model, family, "lost")
+        theirs = {rival: sample for rival in rivals if (sample := grid.sample(rival, model, family, "lost"))}
+        if ours is None or not theirs:
+            continue
+        if len(theirs) > 1:
+            mean = Sample(np.mean([sample.values_SU for sample in theirs.values()], axis=0), ours.units)
+            theirs = {"the mean of the other routing methods": mean} | theirs
+        gains = {rival: gain(ours.values_SU, sample.values_SU, grid.draws, ours.units) for rival, sample in theirs.items()}
+        measured = {rival: one for rival, one in gains.items() if one}
+        adjusted = dict(zip(measured, holm([one.p for one in measured.values()]), strict=True))
+        for rival, one in gains.items():
+            name = f"{100 * CLAIMED:g} % more robust than {rival}: {_model(model)} under {text}"
+            found.append(_claim(name, one, CLAIMED, len(grid.seeds), p_holm=adjusted.get(rival)))
+    return found
+
+
+def _flops(grid: Grid) -> list[Claim]:
+    found = []
+    for rival, mode in _compared(grid):
+        saved = flops_saving(grid.compute, (CLAIMANT, grid.modes(CLAIMANT)[1]), (rival, mode))
+        name = f"{100 * CLAIMED:g} % less compute to fine-tune than {_other(rival, mode)}"
+        found.append(_claim(name, Estimate(saved, saved, saved), CLAIMED, None, "FLOPs of a forward pass, counted"))
+    return found
+
+
+def _accurate(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
+    names, found = [], []
+    for task in grid.tasks:
+        ours = grid.sample(CLAIMANT, task, "clean", "score")
+        theirs = {rival: sample for rival in rivals if (sample := grid.sample(rival, task, "clean", "score"))}
+        if ours and theirs:
+            best = max(theirs, key=lambda rival: theirs[rival].values_SU.mean())
+            names.append(f"strong fine-tuning: accuracy on {task} above {best}, the best other routing method")
+            found.append(_difference(grid, ours, theirs[best]))
+    return _differences(grid, names, found, " points")
+
+
+def _consistent(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
+    names, found = [], []
+    for model in grid.models:
+        ours, *theirs = (grid.by_seed(grid.scores(m, model, "noise"), m, "consistency") for m in (CLAIMANT, *rivals))
+        theirs = [values for values in theirs if values is not None]
+        if ours is not None and theirs:
+            names.append(f"routing more consistent under noise than the mean of the other routing methods: {_model(model)}")
+            # One value per seed: the seeds are all there is to resample.
+            found.append(difference(ours[:, None], np.mean(theirs, axis=0)[:, None], grid.draws, f"{model}/seeds"))
+    return _differences(grid, names, found, " points")
+
+
+def _differences(grid: Grid, names: Sequence[str], found: Sequence[Estimate], unit: str) -> list[Claim]:
+    adjusted = holm([one.p for one in found])
+    return [
+        _claim(name, one, 0.0, len(grid.seeds), p_holm=p, unit=unit) for name, one, p in zip(names, found, adjusted, strict=True)
+    ]
+
+
+def _claim(
+    name: str,
+    measured: Estimate | None,
+    threshold: float,
+    seeds: int | None,
+    remark: str = "",
+    p_holm: float | None = None,
+    unit: str = " %",
+) -> Claim:
+    said, note = verdict(measured, threshold, seeds, p_holm)
+    note = "; ".join(filter(None, (remark, note)))
+    if measured is None:
+        return Claim(name, "", "", said, note)
+    exact = measured.low == measured.high
+    interval = "" if exact else f"[{100 * measured.low:z.1f}, {100 * measured.high:z.1f}]"
+    return Claim(name, f"{100 * measured.value:z.1f}{unit}", interval, said, note)
+
+
+def _compared(grid: Grid) -> list[tuple[str, str]]:
+    """What VQMoE's mode of inference is compared with: its own mode of pre-training, and the other routing methods."""
+    train, infer = grid.modes(CLAIMANT)
+    own = [(CLAIMANT, train)] if train != infer else []
+    return own + [(method, grid.modes(method)[1]) for method in grid.methods if method in ROUTERS]
+
+
+def _other(method: str, mode: str) -> str:
+    return f"its own mode {mode}" if method == CLAIMANT else method
+
+
+def _model(model: str) -> str:
+    return "language model" if model == LANGUAGE else model
+
+
+def _difference(grid: Grid, a: Sample, b: Sample) -> Estimate:
+    return difference(a.values_SU, b.values_SU, grid.draws, a.units)

@@ -1,0 +1,128 @@
+"""What all runs of a grid left, by method and seed, and the values that its measures are means of.
+
+Shapes: S seeds, U units (segments of the language model's test text, or passages of a task), L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.errors import Failure
+from pipeline.evaluation.statistics import Draws, Estimate, estimate
+
+LANGUAGE = "language"
+
+Row = Mapping[str, Any]
+
+
+class Sample(NamedTuple):
+    """Values by seed and unit; samples whose units have the same name are paired: their units are the same texts."""
+
+    values_SU: np.ndarray
+    units: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`results[stage, task]` (task None where a stage has none), `runs` and `units` list an entry per seed of each method.
+
+    Rows of `tables` (history, routing, scores, layers, load, confusion) have method, seed and run_id.
+    """
+
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    tasks: Sequence[str]
+    prepared: Mapping[str, Any]
+    results: Mapping[tuple[str, str | None], Mapping[str, Sequence[Mapping[str, Any]]]]
+    runs: Mapping[tuple[str, str | None], Mapping[str, Sequence[str]]]
+    compute: Mapping[str, Mapping[str, Any]]
+    compute_runs: Mapping[str, str]
+    tables: Mapping[str, Sequence[Row]]
+    units: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+    resamples: int
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return LANGUAGE, *self.tasks
+
+    @cached_property
+    def draws(self) -> Draws:
+        return Draws(len(self.seeds), self.resamples)
+
+    @cached_property
+    def unit(self) -> str:
+        """What the language model is scored in, `bpc` or `perplexity`."""
+        test = self.results["pretrain", None][self.methods[0]][0]["test"]
+        return "bpc" if "bpc" in test else "perplexity"
+
+    @cached_property
+    def _scores(self) -> dict[tuple[str, str, str], list[Row]]:
+        found: dict[tuple[str, str, str], list[Row]] = {}
+        for row in self.tables["scores"]:
+            found.setdefault((row["method"], row["model"], row["mode"]), []).append(row)
+        return found
+
+    def modes(self, method: str) -> tuple[str, str]:
+        """The mode of pre-training and that of fine-tuning and inference; they may be the same."""
+        modes = [mode for owner, model, mode in self._scores if (owner, model) == (method, LANGUAGE)]
+        return modes[0], modes[-1]
+
+    def scores(self, method: str, model: str, family: str, mode: str | None = None) -> list[Row]:
+        """Rows of scores.csv, of all seeds; in the mode of inference unless another is named."""
+        rows = self._scores.get((method, model, mode or self.modes(method)[1]), [])
+        return [row for row in rows if row["family"] == family]
+
+    def conditions(self, method: str, model: str, family: str, mode: str | None = None) -> list[tuple[str, float]]:
+        """Kinds and rates of a family, in the order they were run in."""
+        return list(dict.fromkeys((row["kind"], row["rate"]) for row in self.scores(method, model, family, mode)))
+
+    def sample(
+        self,
+        method: str,
+        model: str,
+        family: str,
+        what: str,
+        mode: str | None = None,
+        only: tuple[str, float] | None = None,
+    ) -> Sample | None:
+        """Each unit's `score` or `lost`, mean over the conditions of a family or of one; None where there are none."""
+        conditions = self.conditions(method, model, family, mode) if only is None else [only]
+        if not conditions:
+            return None
+        mode = mode or self.modes(method)[1]
+        names = [f"{model}/{mode}/{kind}/{rate!r}/{what}" for kind, rate in conditions]
+        try:
+            values_SU = np.array([np.mean([seed[name] for name in names], axis=0) for seed in self.units[method]])
+        except (KeyError, ValueError) as error:
+            raise Failure(f"units of {method}: not those of its scores ({error}); run `dvc repro`") from None
+        # Clean and noisy text are the same units; attacks and shifts have their own.
+        own = {"attack": "/attack", "shift": f"/{conditions[0][0]}"}.get(family, "")
+        return Sample(values_SU, model + own)
+
+    def interval(self, sample: Sample | None) -> Estimate | None:
+        """Mean over seeds and units with its 95 % bootstrap interval."""
+        if sample is None:
+            return None
+        return estimate(float(sample.values_SU.mean()), self.draws.means(sample.values_SU, sample.units))
+
+    def by_seed(self, rows: Sequence[Row], method: str, name: str) -> np.ndarray | None:
+        """Mean (S,) of a column over a method's rows of each seed; None where the column is empty or not there."""
+        own = [row for row in rows if row["method"] == method and row.get(name) is not None]
+        values = [[row[name] for row in own if row["seed"] == seed] for seed in self.seeds]
+        return np.array([np.mean(seed) for seed in values]) if all(values) else None
+
+    def layers(self, method: str, model: str, mode: str | None = None) -> list[Row]:
+        """Rows of layers.csv, of all seeds; in the mode of inference unless another is named."""
+        wanted = (method, model, mode or self.modes(method)[1])
+        return [row for row in self.tables["layers"] if (row["method"], row["model"], row["mode"]) == wanted]
+
+
+def metric(entries: Sequence[Mapping[str, Any]], *keys: str) -> np.ndarray | None:
+    """A nested metric of each seed (S,); None where it is missing."""
+    values: list[Any] = list(entries)
+    for key in keys:
+        values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
+    return None if None in values else np.array(values, dtype=float)

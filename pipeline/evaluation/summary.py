@@ -1,0 +1,241 @@
+"""The measures of a grid, a value per method: with a 95 % interval where every text was scored, else the spread over seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.evaluation.grid import LANGUAGE, Grid, Sample, metric
+from pipeline.evaluation.statistics import Estimate, area
+
+NAMES = {"bpc": "bits per character", "perplexity": "perplexity"}
+
+
+class Spread(NamedTuple):
+    """Mean over seeds and their standard deviation, None for a single one."""
+
+    value: float
+    deviation: float | None
+
+
+class Measure(NamedTuple):
+    """A row of the main table: a value per method, None where it is not defined; `labels` say more about a value."""
+
+    name: str
+    values: Mapping[str, Estimate | Spread | None]
+    digits: int
+    scale: float = 1
+    note: str = ""
+    labels: Mapping[str, str] = {}
+
+
+def spread(values_S: Sequence[float] | np.ndarray | None) -> Spread | None:
+    if values_S is None:
+        return None
+    return Spread(float(np.mean(values_S)), float(np.std(values_S, ddof=1)) if len(values_S) > 1 else None)
+
+
+def measures(grid: Grid) -> list[Measure]:
+    """All rows of the main table that have a value; of timings, which differ from run to run, none."""
+    found = [*_language(grid), *_codebook(grid), *(row for task in grid.tasks for row in _task(grid, task))]
+    for model in grid.models:
+        found += _robustness(grid, model)
+    found += [*_routing(grid), *_cost(grid)]
+    return [row for row in found if any(value is not None for value in row.values.values())]
+
+
+def timings(grid: Grid) -> list[Measure]:
+    """Speed and memory, as measured once per method: medians with their 95 % intervals over repeats."""
+    found = []
+    for phase, name in (("train", "pre-training"), ("finetune", "fine-tuning"), ("infer", "inference")):
+        for place, text in enumerate((name, f"- {name} in the mode of {'inference' if phase == 'train' else 'pre-training'}")):
+            modes = {method: grid.modes(method)[place if phase == "train" else 1 - place] for method in grid.methods}
+            timed = {
+                method: grid.compute[method].get(phase, {}).get(mode)
+                for method, mode in modes.items()
+                if place == 0 or len(set(grid.modes(method))) > 1
+            }
+            speed = {m: Estimate(t["tokens_per_second"], t["low"], t["high"]) if t else None for m, t in timed.items()}
+            memory = {m: Spread(t["peak_memory_mib"], None) if t else None for m, t in timed.items()}
+            found += [
+                Measure(f"{text}, thousand tokens per second", speed, 2, 1e-3),
+                Measure(f"{text}, peak memory MiB", memory, 0),
+            ]
+    return [row for row in found if any(value is not None for value in row.values.values())]
+
+
+def _language(grid: Grid) -> list[Measure]:
+    unit, name, digits = grid.unit, NAMES[grid.unit], 3 if grid.unit == "bpc" else 2
+    if unit == "bpc":
+        references = ", ".join(f"{k} {v:.3f}" for k, v in grid.prepared["references"]["bits_per_character"].items())
+    else:
+        references = ", ".join(f"{k} {v:.0f}" for k, v in grid.prepared["references"].get("perplexity", {}).items())
+    rows = [
+        _metric(grid, f"test {name}", "pretrain", None, ("test", unit), digits, note=references),
+        _metric(grid, "- discrete path alone", "pretrain", None, ("test", f"{unit}_discrete"), digits),
+        _metric(grid, "- router's top-k experts alone", "pretrain", None, ("test", f"{unit}_router"), digits),
+    ]
+    note = "mode of inference"
+    for task in grid.tasks:
+        rows += [
+            _metric(grid, f"{task}: valid {name}, before warm-up", "warmup", task, ("before", unit), digits, note=note),
+            _metric(grid, "- after warm-up", "warmup", task, ("after", unit), digits, note=note),
+        ]
+    return rows
+
+
+def _codebook(grid: Grid) -> list[Measure]:
+    return [
+        _layers(grid, "codebook utilisation %", "utilisation", 0, 100, "share of the codes in use"),
+        _layers(grid, "codebook perplexity", "perplexity", 2),
+        _metric(grid, "quantization error", "pretrain", None, ("routing", "code_error"), 3, note="squared, per element"),
+    ]
+
+
+def _task(grid: Grid, task: str) -> list[Measure]:
+    tfidf = grid.prepared["references"]["tfidf"][task]
+    given = ("finetune", task)
+    return [
+        _metric(grid, f"{task}: test accuracy %", *given, ("test", "accuracy"), 1, 100, f"TF-IDF {100 * tfidf['accuracy']:.1f}"),
+        _metric(grid, "- macro-F1 %", *given, ("test", "macro_f1"), 1, 100, f"TF-IDF {100 * tfidf['macro_f1']:.1f}"),
+        _metric(
+            grid,
+            "- accuracy without pre-training %",
+            *given,
+            ("scratch", "accuracy"),
+            1,
+            100,
+            f"majority {100 * tfidf['majority']:.1f}",
+        ),
+        _metric(grid, "- macro-F1 without pre-training %", *given, ("scratch", "macro_f1"), 1, 100),
+    ]
+
+
+def _robustness(grid: Grid, model: str) -> list[Measure]:
+    language = model == LANGUAGE
+    name, digits, scale = ("bits per token", 3, 1) if language else (f"{model}: accuracy points", 1, 100)
+    shifts = dict.fromkeys(kind for method in grid.methods for kind, _ in grid.conditions(method, model, "shift"))
+    rows = []
+    for family, text, condition in [
+        ("noise", "noise", None),
+        ("attack", "attack", None),
+        *(("shift", f"shift to {kind}", (kind, 0.0)) for kind in shifts),
+    ]:
+        for other in (False, True) if language else (False,):
+            modes = {method: grid.modes(method)[0 if other else 1] for method in grid.methods}
+            values = {
+                method: grid.interval(grid.sample(method, model, family, "lost", mode, condition))
+                for method, mode in modes.items()
+                if (condition is None or condition in grid.conditions(method, model, family, mode))
+                and not (other and len(set(grid.modes(method))) == 1)
+            }
+            note = "mode of inference" if language else ""
+            row = (
+                Measure("- in the mode of pre-training", values, digits, scale)
+                if other
+                else Measure(f"{name} lost to {text}", values, digits, scale, note)
+            )
+            rows.append(row)
+    areas = {method: grid.interval(severity_area(grid, method, model)) for method in grid.methods}
+    of, what = ("", "bits per token") if language else (f"{model}: ", "accuracy %")
+    rows.append(Measure(f"{of}mean {what} over severities", areas, digits, scale, "area under curve"))
+    rows.append(_worst(grid, model, f"{of}worst {what} under noise", digits, scale))
+    rows.append(_scores(grid, model, f"{of}experts unchanged by noise %", "noise", "consistency"))
+    if not language:
+        rows += [
+            _scores(grid, model, f"{model}: calibration error %, clean", "clean", "ece"),
+            _scores(grid, model, "- under noise", "noise", "ece"),
+            _scores(grid, model, f"{model}: answers changed by noise %", "noise", "flips"),
+        ]
+    return rows
+
+
+def severity_area(grid: Grid, method: str, model: str) -> Sample | None:
+    """Area under the score against severity from clean on, per unit, over its width; mean over the kinds of noise."""
+    clean = grid.sample(method, model, "clean", "score")
+    conditions = grid.conditions(method, model, "noise")
+    if not conditions:
+        return None
+    areas = []
+    for kind in dict.fromkeys(kind for kind, _ in conditions):
+        rates = [rate for other, rate in conditions if other == kind]
+        noisy = [grid.sample(method, model, "noise", "score", only=(kind, rate)).values_SU for rate in rates]
+        # The area is linear in the scores: the weight of each is the area under 1 there and 0 elsewhere.
+        weights = [area([0.0, *rates], corner) for corner in np.eye(1 + len(rates))]
+        areas.append(np.tensordot(weights, np.array([clean.values_SU, *noisy]), 1))
+    return Sample(np.mean(areas, axis=0), clean.units)
+
+
+def _worst(grid: Grid, model: str, name: str, digits: int, scale: float) -> Measure:
+    values: dict[str, Estimate | None] = {}
+    labels = {}
+    for method in grid.methods:
+        samples = {
+            condition: grid.sample(method, model, "noise", "score", only=condition)
+            for condition in grid.conditions(method, model, "noise")
+        }
+        if samples:
+            pick = max if model == LANGUAGE else min
+            kind, rate = worst = pick(samples, key=lambda condition: samples[condition].values_SU.mean())
+            values[method], labels[method] = grid.interval(samples[worst]), f"{kind} {100 * rate:g} %"
+    return Measure(name, values, digits, scale, labels=labels)
+
+
+def _routing(grid: Grid) -> list[Measure]:
+    return [
+        Measure(
+            "fluctuation of routing while training %",
+            {method: spread(_fluctuation(grid, method)) for method in grid.methods},
+            2,
+            100,
+            "last third of validations",
+        ),
+        _layers(grid, "load imbalance", "imbalance", 2, note="fullest expert over mean, less 1"),
+        _layers(grid, "margin of first over second choice", "margin", 3),
+        _layers(grid, "collapse: cosine of experts' outputs", "output_cosine", 3),
+        _layers(grid, "collapse: CKA of experts", "cka", 3),
+        _layers(grid, "collapse: effective rank of states", "effective_rank", 1),
+    ]
+
+
+def _fluctuation(grid: Grid, method: str) -> np.ndarray | None:
+    rows = [row for row in grid.tables["routing"] if row["method"] == method]
+    steps = sorted({row["step"] for row in rows})
+    last = set(steps[-max(1, len(steps) // 3) :])
+    return grid.by_seed([row for row in rows if row["step"] in last], method, "fluctuation")
+
+
+def _cost(grid: Grid) -> list[Measure]:
+    def counted(name: str, *keys: str, place: int | None = None, note: str = "") -> Measure:
+        values = {}
+        for method in grid.methods:
+            path = keys if place is None else (*keys, grid.modes(method)[place])
+            values[method] = spread(metric([grid.compute[method]], *path))
+        return Measure(name, values, 2, 1e-6, note)
+
+    return [
+        counted("parameters, million", "parameters", "total"),
+        counted("- active per token, pre-training", "parameters", "active", place=0),
+        counted("- active per token, inference", "parameters", "active", place=1),
+        counted("MFLOPs per token, mode of pre-training", "flops_per_token", place=0, note="forward pass"),
+        counted("MFLOPs per token, mode of inference", "flops_per_token", place=1, note="forward pass"),
+    ]
+
+
+def _metric(
+    grid: Grid, name: str, stage: str, task: str | None, keys: tuple[str, ...], digits: int, scale: float = 1, note: str = ""
+) -> Measure:
+    entries: Mapping[str, Any] = grid.results[stage, task]
+    return Measure(name, {m: spread(metric(entries[m], *keys)) for m in grid.methods}, digits, scale, note)
+
+
+def _layers(grid: Grid, name: str, column: str, digits: int, scale: float = 1, note: str = "language model") -> Measure:
+    """A column of layers.csv of the language model in the mode of inference, mean over layers."""
+    values = {m: spread(grid.by_seed(grid.layers(m, LANGUAGE), m, column)) for m in grid.methods}
+    return Measure(name, values, digits, scale, note)
+
+
+def _scores(grid: Grid, model: str, name: str, family: str, column: str) -> Measure:
+    """A column of scores.csv in the mode of inference, mean over the conditions of a family."""
+    values = {m: spread(grid.by_seed(grid.scores(m, model, family), m, column)) for m in grid.methods}
+    return Measure(name, values, 1, 100)

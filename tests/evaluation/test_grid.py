@@ -1,0 +1,54 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pipeline.errors import Failure
+
+
+def test_a_sample_is_the_mean_over_conditions_by_seed_and_unit(grid):
+    sample = grid.sample("smoe", "era", "noise", "lost")
+    for s, units in enumerate(grid.units["smoe"]):
+        for u in range(30):
+            values = [
+                units[f"era/router/{kind}/{rate}/lost"][u] for kind in ("swap", "delete", "keyboard") for rate in (0.02, 0.1)
+            ]
+            assert sample.values_SU[s, u] == pytest.approx(sum(values) / 6)
+    assert sample.values_SU.mean() == pytest.approx(
+        grid.by_seed(grid.scores("smoe", "era", "noise"), "smoe", "degradation").mean()
+    )
+
+
+def test_the_mode_of_inference_unless_another_is_named(grid):
+    assert grid.modes("vqmoe") == ("both", "discrete")
+    assert grid.modes("dense") == ("dense", "dense")
+    name = "language/{}/clean/0.0/score"
+    for mode, asked in (("discrete", None), ("both", "both")):
+        found = grid.sample("vqmoe", "language", "clean", "score", asked).values_SU
+        assert (found == [units[name.format(mode)] for units in grid.units["vqmoe"]]).all()
+    assert {row["mode"] for row in grid.layers("vqmoe", "language")} == {"discrete"}
+
+
+def test_only_the_same_texts_are_paired(grid):
+    clean, noise = (grid.sample("smoe", "era", family, "score") for family in ("clean", "noise"))
+    attack = grid.sample("smoe", "era", "attack", "score")
+    shifts = [grid.sample("smoe", "era", "shift", "score", only=(kind, 0.0)) for kind in ("raw", "austen")]
+    assert clean.units == noise.units
+    assert len({one.units for one in (clean, attack, *shifts)}) == 4
+    assert grid.sample("smoe", "language", "attack", "score") is None
+
+
+def test_a_column_that_is_empty_has_no_mean(grid):
+    assert grid.by_seed(grid.scores("dense", "era", "noise"), "dense", "consistency") is None
+    assert grid.by_seed(grid.scores("smoe", "era", "noise"), "smoe", "consistency") == pytest.approx([0.9 - 0.06] * 3)
+
+
+def test_units_that_are_not_those_of_the_scores_are_an_error(grid):
+    for broken in ({}, {name: values[:-1] for name, values in grid.units["smoe"][0].items()}):
+        other = dataclasses.replace(grid, units={"smoe": [broken, *grid.units["smoe"][1:]]})
+        with pytest.raises(Failure, match="units of smoe"):
+            other.sample("smoe", "era", "noise", "lost")
+    bad = {name: np.full_like(values, np.nan) for name, values in grid.units["smoe"][0].items()}
+    other = dataclasses.replace(grid, units={"smoe": [bad, *grid.units["smoe"][1:]]})
+    with pytest.raises(Failure, match="not finite"):
+        other.interval(other.sample("smoe", "era", "noise", "lost"))
