@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pipeline.evaluation.attack import Loss, apply, greedy
 from pipeline.evaluation.routing import collapse
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -16,6 +15,7 @@ from pipeline.data.corpora import view
 from pipeline.data.corruption import Alphabet, alphabet, corrupt_text, rng_for
 from pipeline.data.tasks import Example, Task, read_task
 from pipeline.data.tokenizers import Tokenizer
+from pipeline.evaluation.attack import Loss, apply, greedy
 from pipeline.evaluation.robustness import (
     Effect,
     Noise,

@@ -16,7 +16,6 @@ from pipeline.moe.layer import SETTINGS
 from stages.paths import GRID_STAGES, TASK_STAGES
 from tests.conftest import REPOSITORY
 
-
 ALL = ("prepare", *GRID_STAGES, "compute", "report")
 
 
@@ -94,10 +93,10 @@ def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
     assert f"| measure | {method} | to compare with |" in report
     assert "| test bits per character |" in report
     assert "TF-IDF" in result.output
-    for name in ("training", "robustness-warmed-up", "robustness-classifier", "confusion", "expert-load"):
+    for name in ("training", "severity-language", "severity-toy", "confusion-toy", "expert-load-language", "expert-load-toy"):
         assert (workspace / f"report/figures/{name}.png").stat().st_size > 5000
         assert f"](figures/{name}.png)" in report
-    assert (workspace / "report/figures/code-load.png").exists() is (method == "vqmoe")
+    assert (workspace / "report/figures/code-load-toy.png").exists() is (method == "vqmoe")
     assert no_leftovers(workspace)
 
 
