@@ -14,7 +14,7 @@ from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
-from pipeline.training.validation import RoutingTally, held_out, score_tokens
+from pipeline.training.validation import RoutingHistory, RoutingTally, held_out, score_tokens
 from stages.paths import Cell, Paths
 
 
@@ -41,6 +41,12 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     model = build(spec)
     mode = model.train_mode
     valid, test = held_out(model, tokens["valid"], settings.validate_tokens), held_out(model, tokens["test"])
+    history = RoutingHistory()
+
+    def validate() -> dict[str, float]:
+        tally = RoutingTally(model, keep=True)
+        return {unit: score_tokens(model, valid, mode, unit, watch=tally)} | history.add(tally)
+
     fitted = fit(
         model,
         adam(model, settings.learning_rate, settings.beta2),
@@ -48,7 +54,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         objective=language_objective(
             model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit, steps=settings.steps
         ),
-        validate=lambda: {unit: score_tokens(model, valid, mode, unit)},
+        validate=validate,
         score=unit,
         log=log,
         label=f"pretrain {cell.name}",
@@ -67,7 +73,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     sample = tokens["test"][:: max(1, len(tokens["test"]) // context)]
     metrics = {
         "best_step": fitted.best_step,
-        "valid": fitted.best,
+        "valid": {unit: fitted.best[unit]},
         "test": scores,
         "routing": tally.summary(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -77,4 +83,5 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         checkpoint.save(folder, model, spec)
         tokenizer.save(folder / "tokenizer.json")
         write_rows(folder / "history.csv", fitted.history)
+        write_rows(folder / "routing.csv", history.rows([row["step"] for row in fitted.history]))
     return metrics

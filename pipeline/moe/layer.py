@@ -33,7 +33,8 @@ class SparseMoE(nn.Module):
         route = self.router.dense if mode == "dense" else self.router
         routing = route(x_ND, id_N)
         routing, y_NKD = self.router.settle(routing, apply_experts(self.experts, x_ND, routing.index_NK))
-        return LayerOutput(combine(y_NKD, routing.weight_NK), routing.losses, routing.index_NK, None)
+        y_ND, scores_NE = combine(y_NKD, routing.weight_NK), routing.scores_NE.detach()
+        return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=scores_NE)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
         """What decides the assignment and still learns: the router, or a part of it."""
@@ -121,17 +122,19 @@ class VQMoE(nn.Module):
         if mode == "router":
             routing = self.router(x_ND, id_N)
             y_NKD = apply_experts(self.experts, x_ND, routing.index_NK)
-            return LayerOutput(combine(y_NKD, routing.weight_NK), routing.losses, routing.index_NK, None)
+            y_ND, scores_NE = combine(y_NKD, routing.weight_NK), routing.scores_NE.detach()
+            return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=scores_NE)
         if mode == "both" and self.training and torch.rand(()) < self.settings.drop_routed:
             mode = "discrete"
         quantized = self.quantizer(x_ND)
+        coded = (quantized.code_N, quantized.error, None if quantized.scores_NC is None else quantized.scores_NC.detach())
         weights = {"codebook": self.settings.beta, "commitment": self.settings.beta * self.settings.commitment}
         losses = {name: Loss(value, weights[name]) for name, value in quantized.losses.items()}
         expert_N1 = (quantized.code_N % self.experts.count)[:, None]
         discrete_ND = self._discrete_input(x_ND, quantized)
         if mode == "discrete":
             y_ND = _weighted(apply_experts(self.experts, discrete_ND, expert_N1).squeeze(1), quantized)
-            return LayerOutput(y_ND, losses, expert_N1, quantized.code_N, quantized.error)
+            return LayerOutput(y_ND, losses, expert_N1, *coded)
         by_distance = self.settings.combine == "distances"
         routing = self._next_in_distance(quantized, expert_N1) if by_distance else self.router(x_ND, id_N)
         index_NK = torch.cat([routing.index_NK, expert_N1], 1)
@@ -141,7 +144,7 @@ class VQMoE(nn.Module):
             y_ND = combine(y_NKD, routing.weight_NK)
         else:
             y_ND = self._combine(x_ND, combine(y_NKD[:, :-1], routing.weight_NK), _weighted(y_NKD[:, -1], quantized))
-        return LayerOutput(y_ND, routing.losses | losses, index_NK, quantized.code_N, quantized.error)
+        return LayerOutput(y_ND, routing.losses | losses, index_NK, *coded)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
         """What decides the assignment at inference: the quantizer, and the embedding that tells an expert the code."""

@@ -52,23 +52,25 @@ class VQMoEReleased(nn.Module):
     def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
         if mode == "router":
             routing, y_ND = self._routed(x_ND, id_N)
-            return LayerOutput(y_ND, {}, routing.index_NK, None)
-        code_N = self.quantizer(x_ND)
+            return LayerOutput(y_ND, {}, routing.index_NK, None, scores=routing.scores_NE.detach())
+        scores_NC = self.quantizer(x_ND)
+        code_N = scores_NC.argmax(1)
         value_ND = F.embedding(code_N, self.quantizer.codebook_CD)
         codebook = codebook_loss(x_ND=x_ND, value_ND=value_ND)
         losses = {
             "codebook": Loss(codebook, self.settings.beta),
             "commitment": Loss(commitment_loss(x_ND=x_ND, value_ND=value_ND), self.settings.beta * self.settings.commitment),
         }
+        coded = (code_N, codebook.detach(), scores_NC)
         expert_N1 = (code_N % self.experts.count)[:, None]
         given_ND = (1 - self.settings.blend) * x_ND + self.settings.blend * (value_ND - x_ND).detach()
         discrete_ND = self.norm(apply_experts(self.experts, self.norm(given_ND), expert_N1, drop=False).squeeze(1))
         if mode == "discrete":
-            return LayerOutput(discrete_ND, losses, expert_N1, code_N, codebook.detach())
+            return LayerOutput(discrete_ND, losses, expert_N1, *coded)
         routing, routed_ND = self._routed(x_ND, id_N)
         gate_N2 = self.gate(x_ND).softmax(-1)
         y_ND = gate_N2[:, :1] * routed_ND + gate_N2[:, 1:] * discrete_ND
-        return LayerOutput(y_ND, losses, torch.cat([routing.index_NK, expert_N1], 1), code_N, codebook.detach())
+        return LayerOutput(y_ND, losses, torch.cat([routing.index_NK, expert_N1], 1), *coded)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
         """What decides the assignment at inference: the codebook."""
@@ -109,11 +111,11 @@ class PlainCodebook(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Code (N,) of each token; ties go to the lower code."""
-        return distances(x_ND, self.codebook_CD).argmin(1)
+        """Scores (N, C) of the codes, the highest that of the nearest; ties go to the lower code."""
+        return -distances(x_ND, self.codebook_CD)
 
     @torch.no_grad()
     def repair(self, x_ND: Tensor) -> None:
         """Move the codes that none of these tokens uses onto random ones of them (warm-up; the release has none)."""
-        idle_C = torch.bincount(self(x_ND), minlength=self.codes) == 0
+        idle_C = torch.bincount(self(x_ND).argmax(1), minlength=self.codes) == 0
         self.codebook_CD[idle_C] = x_ND[torch.randint(len(x_ND), (int(idle_C.sum()),), device=x_ND.device)]

@@ -19,6 +19,7 @@ from pipeline.moe.layer import Mode
 
 BATCH = 32
 ROWS = 8  # of a text that is read in order
+INDEX_TYPES = (torch.uint8, torch.int16, torch.int32)  # the smallest that fits holds an assignment
 
 Watch = Callable[[Hidden], None]
 
@@ -84,21 +85,36 @@ def classify(model: Classifier, ids: Sequence[np.ndarray], pad: int, mode: Mode,
 
 
 class RoutingTally:
-    """Counts, per layer, where tokens went: call it with each batch's hidden states."""
+    """Counts, per layer, where tokens went: call it with each batch's hidden states.
 
-    def __init__(self, model: Transformer) -> None:
+    With `keep` it holds every assignment too, so that two passes over the same texts can be compared.
+    """
+
+    def __init__(self, model: Transformer, keep: bool = False) -> None:
         quantizer = getattr(model.moe_layers[0], "quantizer", None)
         codes = quantizer.codes if quantizer is not None else 0
         self._expert = [torch.zeros(layer.experts.count, dtype=torch.long) for layer in model.moe_layers]
         self._code = [torch.zeros(codes, dtype=torch.long) for _ in model.moe_layers]
         self._error: list[float] = []
+        self._tokens = 0
+        self._margin: list[list[float]] = [[] for _ in model.moe_layers]  # sums over the tokens of a batch
+        self._keep = keep
+        self._index: list[list[Tensor]] = [[] for _ in model.moe_layers]
 
     def __call__(self, hidden: Hidden) -> None:
+        tokens = len(hidden.layers[0].index_NK)
+        self._tokens += tokens
         for layer, output in enumerate(hidden.layers):
-            self._expert[layer] += torch.bincount(output.index_NK.flatten(), minlength=len(self._expert[layer]))
+            experts = len(self._expert[layer])
+            self._expert[layer] += torch.bincount(output.index_NK.flatten(), minlength=experts)
             if output.code_N is not None:
                 self._code[layer] += torch.bincount(output.code_N, minlength=len(self._code[layer]))
                 self._error.append(output.code_error.item())
+            if output.scores is not None and (margin := stats.margin(output.scores)) is not None:
+                self._margin[layer].append(margin * tokens)
+            if self._keep:
+                smallest = next(kind for kind in INDEX_TYPES if experts - 1 <= torch.iinfo(kind).max)
+                self._index[layer].append(output.index_NK.to(smallest))
 
     def expert_shares(self) -> list[Tensor]:
         """Share of the assignments per expert (E,), one tensor per layer."""
@@ -108,11 +124,71 @@ class RoutingTally:
         """Share of the tokens per code (C,), one tensor per layer; empty without a codebook."""
         return [stats.shares(count) for count in self._code if len(count)]
 
+    def margins(self) -> list[float]:
+        """Margin between first and second choice per layer, mean over tokens; empty where it is undefined."""
+        return [sum(sums) / self._tokens for sums in self._margin if sums]
+
+    def fluctuation(self, before: "RoutingTally") -> list[float | None]:
+        """Share of assignments that changed since `before`, per layer; both tallies kept them, of the same texts.
+
+        None where nothing is chosen.
+        """
+        return [
+            stats.fluctuation(torch.cat(earlier), torch.cat(later)) if self._chosen(layer) else None
+            for layer, (earlier, later) in enumerate(zip(before._index, self._index, strict=True))
+        ]
+
+    def rows(self) -> list[dict[str, float]]:
+        """Load, margin and codebook use of each layer, as far as they exist; no load where nothing is chosen."""
+        margins, codes, result = self.margins(), self.code_shares(), []
+        for layer, share in enumerate(self.expert_shares()):
+            row = {"layer": layer}
+            if self._chosen(layer):
+                row |= stats.load(share)
+            if margins:
+                row["margin"] = margins[layer]
+            if codes:
+                row |= stats.codebook_use(codes[layer])
+            result.append(row)
+        return result
+
     def summary(self) -> dict[str, float]:
-        """Load and codebook measures, mean over layers; `code_error` is ||x - v||^2 per element, mean over batches."""
+        """Load, margin and codebook measures, mean over layers; `code_error` is ||x - v||^2 per element, mean over batches."""
         rows = [stats.load(share) for share in self.expert_shares()]
         result = {f"load_{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        if margins := self.margins():
+            result["margin"] = float(np.mean(margins))
         if codes := [stats.codebook_use(share) for share in self.code_shares()]:
             result |= {f"code_{name}": float(np.mean([row[name] for row in codes])) for name in codes[0]}
             result["code_error"] = float(np.mean(self._error))
         return result
+
+    def _chosen(self, layer: int) -> bool:
+        """Whether some expert did without some token: not in a dense layer, nor where all experts are asked."""
+        return bool((self._expert[layer] != self._tokens).any())
+
+
+class RoutingHistory:
+    """Routing of the same texts at one validation after another, and what changes from each to the next."""
+
+    COLUMNS = tuple("step layer imbalance entropy variation unused margin fluctuation utilisation perplexity".split())
+
+    def __init__(self) -> None:
+        self._validations: list[list[dict[str, float | None]]] = []
+        self._before: RoutingTally | None = None
+
+    def add(self, tally: RoutingTally) -> dict[str, float]:
+        """Take a validation's tally, which kept its assignments; its summary, from the second on with the `fluctuation`."""
+        rows, changed = tally.rows(), []
+        if self._before is not None:
+            changed = tally.fluctuation(self._before)
+            rows = [row | {"fluctuation": share} for row, share in zip(rows, changed, strict=True)]
+        self._validations.append(rows)
+        self._before = tally
+        known = [share for share in changed if share is not None]
+        return tally.summary() | ({"fluctuation": float(np.mean(known))} if known else {})
+
+    def rows(self, steps: Sequence[int]) -> list[dict[str, float | None]]:
+        """A row with all columns per validation, of which these are the steps, and layer; None where there is no value."""
+        validations = zip(steps, self._validations, strict=True)
+        return [dict.fromkeys(self.COLUMNS) | {"step": step} | row for step, rows in validations for row in rows]

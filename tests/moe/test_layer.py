@@ -3,9 +3,10 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.moe.layer import SETTINGS, build_layer
+from pipeline.moe.routers import ROUTERS
 from pipeline.moe.routers.base import Sizes
 from tests.moe import reference
-from tests.moe.compare import assert_matches, over_cases
+from tests.moe.compare import CASE, assert_matches, over_cases
 
 VQ = {
     "top_k": 1,
@@ -110,6 +111,37 @@ def test_router_of_one_expert_gets_a_gradient():
     made = layer("smoe", top_k=1)
     made(torch.randn(16, 8), "router").y_ND.square().sum().backward()
     assert made.router.scores.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ROUTERS)
+def test_a_routers_scores_are_those_that_chose(method):
+    made, (x_ND, id_N) = CASE.layer(method), CASE.inputs()
+    stages = {"stablemoe": [("frozen", False), ("frozen", True)], "competesmoe": [("competing", False), ("competing", True)]}
+    for name, value in stages.get(method, [("training", False)]):
+        setattr(made.train().router, name, torch.tensor(value))
+        for mode in made.modes:
+            output = made(x_ND, mode, id_N)
+            assert output.scores.shape == (12, 4) and not output.scores.requires_grad
+            assert torch.equal(output.scores.topk(output.index_NK.shape[1]).indices, output.index_NK)
+
+
+@pytest.mark.parametrize("method", ["vqmoe", "vqmoe_released"])
+def test_the_codes_scores_are_those_that_chose_unless_only_the_router_does(method):
+    changes = {"codes": 8} | ({"combine": "gate"} if method == "vqmoe" else {})
+    made, x_ND = CASE.layer(method, **changes), CASE.inputs()[0]
+    for mode in ("both", "discrete"):
+        output = made(x_ND, mode)
+        assert output.scores.shape == (12, 8) and not output.scores.requires_grad
+        assert torch.equal(output.scores.argmax(1), output.code_N)
+    routed = made(x_ND, "router")
+    assert routed.scores.shape == (12, 4) and not routed.scores.requires_grad
+    assert torch.equal(routed.scores.argmax(1), routed.index_NK[:, 0])
+
+
+def test_nothing_is_scored_in_a_dense_layer_or_by_the_digits_of_a_grid():
+    x_ND = CASE.inputs()[0]
+    assert CASE.layer("dense")(x_ND, "dense").scores is None
+    assert CASE.layer("vqmoe", quantizer="fsq", codes=8, combine="gate")(x_ND, "discrete").scores is None
 
 
 def test_losses_are_values_with_their_weights():

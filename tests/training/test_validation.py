@@ -1,13 +1,16 @@
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.models.build import build
+from pipeline.moe import stats
+from pipeline.moe.routers.base import LayerOutput
 from pipeline.training import validation
-from pipeline.training.validation import RoutingTally, classify, held_out, score_tokens
+from pipeline.training.validation import RoutingHistory, RoutingTally, classify, held_out, score_tokens
 
 
 @pytest.fixture
@@ -107,7 +110,103 @@ def test_a_router_has_no_codes(tiny_spec, segments, seeded):
     tally = RoutingTally(model)
     score_tokens(model.eval(), segments, "router", "bpc", watch=tally)
     assert tally.code_shares() == []
-    assert set(tally.summary()) == {"load_imbalance", "load_entropy", "load_variation", "load_unused"}
+    assert set(tally.summary()) == {"load_imbalance", "load_entropy", "load_variation", "load_unused", "margin"}
+
+
+LOAD = {"imbalance", "entropy", "variation", "unused"}
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "names"),
+    [
+        ("vqmoe", "both", LOAD | {"margin", "utilisation", "perplexity"}),
+        ("smoe", "router", LOAD | {"margin"}),
+        # All experts are asked: their load says nothing, while the router's scores still differ.
+        ("smoe_dropout", "dense", {"margin"}),
+        ("dense", "dense", set()),
+    ],
+)
+def test_rows_have_what_exists_and_average_to_the_summary(tiny_spec, segments, seeded, monkeypatch, method, mode, names):
+    monkeypatch.setattr(validation, "BATCH", 3)
+    model = build(tiny_spec(method)).eval()
+    tally, seen = RoutingTally(model), []
+    score_tokens(model, segments, mode, "bpc", watch=lambda hidden: (tally(hidden), seen.append(hidden.layers)))
+    rows, summary = tally.rows(), tally.summary()
+    assert [row["layer"] for row in rows] == [0, 1]
+    assert all(row.keys() == {"layer"} | names for row in rows)
+    for name in names:
+        prefix = "load_" if name in LOAD else "" if name == "margin" else "code_"
+        assert summary[prefix + name] == pytest.approx(np.mean([row[name] for row in rows]))
+    if "margin" in names:
+        scores_NE = torch.cat([layers[1].scores for layers in seen])
+        assert len(scores_NE) == 7 * 12
+        assert rows[1]["margin"] == pytest.approx(stats.margin(scores_NE))
+
+
+def shifted(model):
+    """Other codes and experts than before."""
+    with torch.no_grad():
+        for layer in model.moe_layers:
+            for parameter in layer.assignment_parameters():
+                parameter.add_(torch.randn_like(parameter))
+
+
+def kept(model, segments, mode):
+    tally, seen = RoutingTally(model, keep=True), []
+    score_tokens(model, segments, mode, "bpc", watch=lambda hidden: (tally(hidden), seen.append(hidden.layers)))
+    return tally, [torch.cat([layers[layer].index_NK for layers in seen]) for layer in range(2)]
+
+
+def test_fluctuation_is_that_of_all_assignments_layer_by_layer(tiny_spec, segments, seeded, monkeypatch):
+    monkeypatch.setattr(validation, "BATCH", 3)
+    model = build(tiny_spec("smoe")).eval()
+    before, index = kept(model, segments, "router")
+    assert kept(model, segments, "router")[0].fluctuation(before) == [0.0, 0.0]
+    shifted(model)
+    after, other = kept(model, segments, "router")
+    wanted = [
+        np.mean([1 - len(set(a) & set(b)) / len(a) for a, b in zip(one.tolist(), two.tolist(), strict=True)])
+        for one, two in zip(index, other, strict=True)
+    ]
+    assert after.fluctuation(before) == pytest.approx(wanted)
+    assert 0 < wanted[0] != wanted[1] > 0
+
+
+def test_assignments_are_kept_whole_whatever_the_number_of_experts():
+    for experts, kind in ((1, torch.uint8), (256, torch.uint8), (257, torch.int16), (40_000, torch.int32)):
+        model = SimpleNamespace(moe_layers=[SimpleNamespace(experts=SimpleNamespace(count=experts))])
+        tally = RoutingTally(model, keep=True)
+        index_NK = torch.tensor([[experts - 1]])
+        tally(SimpleNamespace(layers=[LayerOutput(torch.zeros(1, 1), {}, index_NK, None)]))
+        assert tally._index[0][0].dtype is kind
+        assert torch.equal(tally._index[0][0].long(), index_NK)
+
+
+def test_the_history_compares_each_validation_with_the_one_before(tiny_spec, segments, seeded):
+    model, history = build(tiny_spec("smoe")).eval(), RoutingHistory()
+    tallies, returned = [], []
+    for _ in range(3):
+        tallies.append(kept(model, segments, "router")[0])
+        returned.append(history.add(tallies[-1]))
+        if len(tallies) == 1:
+            shifted(model)
+    changed = tallies[1].fluctuation(tallies[0])
+    assert returned[0] == tallies[0].summary()
+    assert returned[1] == tallies[1].summary() | {"fluctuation": pytest.approx(np.mean(changed))}
+    assert returned[2]["fluctuation"] == 0.0
+    rows = history.rows([6, 12, 18])
+    assert [(row["step"], row["layer"]) for row in rows] == [(6, 0), (6, 1), (12, 0), (12, 1), (18, 0), (18, 1)]
+    assert [row["fluctuation"] for row in rows] == [None, None, *changed, 0.0, 0.0]
+    assert all(tuple(row) == RoutingHistory.COLUMNS and row["perplexity"] is None for row in rows)
+    assert rows[2]["unused"] == tallies[1].rows()[0]["unused"]
+
+
+def test_nothing_fluctuates_where_nothing_is_chosen(tiny_spec, segments, seeded):
+    for method in ("dense", "smoe_dropout"):
+        model, history = build(tiny_spec(method)).eval(), RoutingHistory()
+        for _ in range(2):
+            assert "fluctuation" not in history.add(kept(model, segments, "dense")[0])
+        assert all(row["fluctuation"] is None and row["imbalance"] is None for row in history.rows([1, 2]))
 
 
 def test_classes_keep_the_order_of_the_passages(tiny_spec, seeded, monkeypatch):

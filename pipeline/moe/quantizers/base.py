@@ -24,7 +24,7 @@ class Quantized(NamedTuple):
     exactly 1 and carries the task's gradient to the codes; None if the variant has none. `embedding_ND` is what
     `input: residual` adds to the token where the variant says so itself (`embeds`), else None. `error` is the mean of
     (x - v)^2 over elements, without gradient; `losses` are raw values, of `codebook` and `commitment` those there are.
-    `scores_NC` are the logits of all codes, the highest that of `code_N`; None if the variant has none.
+    `scores_NC` are the scores of all codes, the highest that of `code_N`; None if the variant compares no codes.
     """
 
     code_N: Tensor

@@ -23,7 +23,12 @@ class Codebook(Quantizer):
     @torch.no_grad()
     def nearest(self, x_ND: Tensor) -> Tensor:
         """Code of each token (N,); ties go to the lower code."""
-        return distances(self._encode(x_ND), self._centres()).argmin(1)
+        return self.scores(x_ND).argmax(1)
+
+    @torch.no_grad()
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """How near each code is (N, C): ||e(x)||^2 - ||e(x) - v_j||^2."""
+        return -distances(self._encode(x_ND), self._centres())
 
     def _encode(self, x_ND: Tensor) -> Tensor:
         return x_ND

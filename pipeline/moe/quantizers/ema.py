@@ -26,10 +26,11 @@ class Ema(Codebook):
         super().__init__(settings, nn.Buffer(torch.randn(settings.codes, width)))
 
     def _quantize(self, x_ND: Tensor) -> Quantized:
-        code_N = self.nearest(x_ND)
+        scores_NC = self.scores(x_ND)
+        code_N = scores_NC.argmax(1)
         value_ND = F.embedding(code_N, self._centres())
         commitment = commitment_loss(x_ND=x_ND, value_ND=value_ND)
-        return Quantized(code_N, value_ND, None, None, commitment.detach(), {"commitment": commitment})
+        return Quantized(code_N, value_ND, None, None, commitment.detach(), {"commitment": commitment}, scores_NC)
 
     def _follow(self, x_ND: Tensor, code_N: Tensor, used_C: Tensor) -> None:
         # The moving sum is v times the moving share, so that it need not be kept: v moves to the mean of its tokens by

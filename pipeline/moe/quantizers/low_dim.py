@@ -42,7 +42,8 @@ class LowDim(Ema):
         super()._start(x_ND)
 
     def _quantize(self, x_ND: Tensor) -> Quantized:
-        code_N, z_NL = self.nearest(x_ND), self.down(x_ND.detach())
+        scores_NC, z_NL = self.scores(x_ND), self.down(x_ND.detach())
+        code_N = scores_NC.argmax(1)
         v_NL = F.embedding(code_N, self.codebook_CD)
         value_ND = self.up(v_NL.detach() + (z_NL - z_NL.detach()))
         codebook = codebook_loss(x_ND=x_ND, value_ND=value_ND)
@@ -50,4 +51,4 @@ class LowDim(Ema):
             "codebook": codebook + F.mse_loss(v_NL, z_NL),
             "commitment": commitment_loss(x_ND=x_ND, value_ND=value_ND),
         }
-        return Quantized(code_N, value_ND, None, None, codebook.detach(), losses)
+        return Quantized(code_N, value_ND, None, None, codebook.detach(), losses, scores_NC)

@@ -19,12 +19,13 @@ class Nearest(Codebook):
         super().__init__(settings, nn.Parameter(torch.randn(settings.codes, width)))
 
     def _quantize(self, x_ND: Tensor) -> Quantized:
-        return self._of(x_ND, self.nearest(x_ND))
+        scores_NC = self.scores(x_ND)
+        return self._of(x_ND, scores_NC.argmax(1), scores_NC)
 
-    def _of(self, x_ND: Tensor, code_N: Tensor) -> Quantized:
+    def _of(self, x_ND: Tensor, code_N: Tensor, scores_NC: Tensor) -> Quantized:
         value_ND = F.embedding(code_N, self._centres())
         losses = {
             "codebook": codebook_loss(x_ND=x_ND, value_ND=value_ND),
             "commitment": commitment_loss(x_ND=x_ND, value_ND=value_ND),
         }
-        return Quantized(code_N, value_ND, None, None, losses["codebook"].detach(), losses)
+        return Quantized(code_N, value_ND, None, None, losses["codebook"].detach(), losses, scores_NC)

@@ -24,4 +24,4 @@ class Task(Nearest):
         scores_NC = -distances(x_ND, self.codebook_CD) / (x_ND.shape[1] * TEMPERATURE)
         code_N = scores_NC.argmax(1)
         chosen_N1 = scores_NC.softmax(1).gather(1, code_N[:, None])
-        return self._of(x_ND, code_N)._replace(weight_N1=1 + (chosen_N1 - chosen_N1.detach()), scores_NC=scores_NC)
+        return self._of(x_ND, code_N, scores_NC)._replace(weight_N1=1 + (chosen_N1 - chosen_N1.detach()))

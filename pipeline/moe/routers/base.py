@@ -1,6 +1,6 @@
 """What routers and layers are made from and what they answer, and what a method's settings share.
 
-Shapes: N tokens, D width, E experts, K experts per token.
+Shapes: N tokens, D width, E experts, K experts per token, C codes.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,9 @@ class Routing(NamedTuple):
 class LayerOutput(NamedTuple):
     """Result y (N, D), auxiliary losses, the experts each token went to (N, K).
 
-    With a quantizer also each token's code (N,) and the quantization error: squared, mean over elements.
+    With a quantizer also each token's code (N,) and the quantization error: squared, mean over elements. `scores` are those
+    that made the choice, without gradient, the highest the first choice: of the experts (N, E), or where a codebook chose, in
+    mode `both` too, of the codes (N, C); None where nothing is scored.
     """
 
     y_ND: Tensor
@@ -42,6 +44,7 @@ class LayerOutput(NamedTuple):
     index_NK: Tensor
     code_N: Tensor | None
     code_error: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class Sizes(NamedTuple):

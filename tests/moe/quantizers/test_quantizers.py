@@ -108,9 +108,11 @@ def test_what_it_returns(name, seeded):
     assert not answer.error.requires_grad
     assert all(loss.requires_grad and loss > 0 for loss in answer.losses.values())
     assert (answer.weight_N1 is not None) is (name == "task")
-    assert (answer.scores_NC is not None) is (name == "task")
-    if answer.weight_N1 is not None:
+    assert (answer.scores_NC is not None) is (name != "fsq")
+    if answer.scores_NC is not None:
+        assert answer.scores_NC.shape == (30, 4)
         assert torch.equal(answer.scores_NC.argmax(1), answer.code_N)
+    if answer.weight_N1 is not None:
         assert torch.equal(answer.weight_N1, torch.ones(30, 1))
     assert (answer.embedding_ND is not None) is made.embeds is (name == "fsq")
 
