@@ -59,9 +59,11 @@ UPSTREAM = {
 
 
 def cells(stage: str, methods: Iterable[str], seeds: Iterable[int], tasks: Iterable[str]) -> "list[Cell]":
-    """The cells that a stage has in a grid."""
+    """The cells that a stage has in a grid; prepare and report have none."""
     if stage == "compute":
         return [Cell(method, 0) for method in methods]
+    if stage not in GRID_STAGES:
+        return []
     of_tasks = tasks if stage in TASK_STAGES else (None,)
     return [Cell(method, seed, task) for method in methods for seed in seeds for task in of_tasks]
 
