@@ -174,7 +174,7 @@ class Bench:
             if file.stem == "raw" or file.stem in self.params.data.shifts:
                 other = segments(open_tokens(file, tokens.size), self.context, self.settings.segments)
                 shifted = language_trace(model, texts(other[:, :-1], self.context, pad), other, mode)
-                record.add("shift", file.stem, 1.0, shift_effect(clean, shifted))
+                record.add("shift", file.stem, 0.0, shift_effect(clean, shifted))
         return tally, collapse(model, torch.from_numpy(inputs.astype(np.int64)), mode)
 
     def classifier(self, model: Classifier, task: Task, record: Record) -> tuple[RoutingTally, list[dict[str, float]]]:
@@ -211,7 +211,7 @@ class Bench:
             raw = encode_examples(passages, task.labels, self.tokenizer, "bytes", self.context)
             given = texts(raw.ids, self.context, pad)
             shifted = classifier_trace(model, given, mode)
-            record.add("shift", "raw", 1.0, classifier_effect(clean, shifted, labels_S, given.source_ST, False))
+            record.add("shift", "raw", 0.0, classifier_effect(clean, shifted, labels_S, given.source_ST, False))
         return tally, collapse(model.backbone, plain.tokens_ST, mode, plain.source_ST >= 0)
 
     def _noises(self, units: Alphabet) -> Iterable[Noise]:
