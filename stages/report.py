@@ -35,6 +35,7 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         "methods": tables.measure_rows(measures),
         "compute": tables.measure_rows(timings),
         "pairs": tables.pair_rows(pairs),
+        "gains": findings.gains(grid),
     }
     shown = []
     with output_folder(paths.report / "data") as data, output_folder(paths.report / "figures") as figures:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pipeline.evaluation.routing import collapse
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from pipeline.evaluation.robustness import (
     shift_effect,
     texts,
 )
+from pipeline.evaluation.routing import collapse
 from pipeline.files import output_folder, write_rows
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer

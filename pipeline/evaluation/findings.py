@@ -20,7 +20,10 @@ FAMILIES = {"noise": "noise", "attack": "the adaptive attack"}
 
 
 class Pair(NamedTuple):
-    """A measure of one method less that of another, paired by seed and unit; p adjusted over the pairs of the measure."""
+    """A measure of one method less that of another, paired by seed and unit; p adjusted over the pairs of the measure.
+
+    Of what is lost also the robustness gain of the first over the second, where the second loses anything.
+    """
 
     measure: str
     first: str
@@ -29,6 +32,7 @@ class Pair(NamedTuple):
     p_holm: float
     digits: int
     scale: float
+    gain: Estimate | None
 
 
 def claims(grid: Grid) -> list[Claim]:
@@ -89,8 +93,26 @@ def pairs(grid: Grid) -> list[Pair]:
             both = [(a, b) for a, b in itertools.combinations(order, 2) if samples[a] and samples[b]]
             estimates = [_difference(grid, samples[a], samples[b]) for a, b in both]
             adjusted = holm([one.p for one in estimates])
-            found += [Pair(name, a, b, one, p, digits, scale) for (a, b), one, p in zip(both, estimates, adjusted, strict=True)]
+            for (a, b), one, p in zip(both, estimates, adjusted, strict=True):
+                gained = None if family == "clean" else _gain(grid, samples[a], samples[b])
+                found.append(Pair(name, a, b, one, p, digits, scale, gained))
     return found
+
+
+def gains(grid: Grid) -> list[dict[str, Any]]:
+    """The robustness gain of each method over each other, condition by condition: rows for a file.
+
+    Without a gain where the other loses nothing that the bootstrap can tell from zero.
+    """
+    rows = []
+    for model, family in itertools.product(grid.models, ("noise", "attack")):
+        for kind, rate in dict.fromkeys(c for method in grid.methods for c in grid.conditions(method, model, family)):
+            samples = {m: grid.sample(m, model, family, "lost", only=(kind, rate)) for m in grid.methods}
+            for a, b in itertools.permutations(grid.methods, 2):
+                one = _gain(grid, samples[a], samples[b])
+                row = {"model": model, "kind": kind, "rate": rate, "method": a, "over": b}
+                rows.append(row | {"gain": one and one.value, "low": one and one.low, "high": one and one.high})
+    return rows
 
 
 def too_few(seeds: int) -> str:
@@ -108,10 +130,10 @@ def _robust(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
         if len(theirs) > 1:
             mean = Sample(np.mean([sample.values_SU for sample in theirs.values()], axis=0), ours.units)
             theirs = {"the mean of the other routing methods": mean} | theirs
-        gains = {rival: gain(ours.values_SU, sample.values_SU, grid.draws, ours.units) for rival, sample in theirs.items()}
-        measured = {rival: one for rival, one in gains.items() if one}
+        gained = {rival: _gain(grid, ours, sample) for rival, sample in theirs.items()}
+        measured = {rival: one for rival, one in gained.items() if one}
         adjusted = dict(zip(measured, holm([one.p for one in measured.values()]), strict=True))
-        for rival, one in gains.items():
+        for rival, one in gained.items():
             name = f"{100 * CLAIMED:g} % more robust than {rival}: {_model(model)} under {text}"
             found.append(_claim(name, one, CLAIMED, len(grid.seeds), p_holm=adjusted.get(rival)))
     return found
@@ -192,3 +214,7 @@ def _model(model: str) -> str:
 
 def _difference(grid: Grid, a: Sample, b: Sample) -> Estimate:
     return difference(a.values_SU, b.values_SU, grid.draws, a.units)
+
+
+def _gain(grid: Grid, a: Sample, b: Sample) -> Estimate | None:
+    return gain(a.values_SU, b.values_SU, grid.draws, a.units)

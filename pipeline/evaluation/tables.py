@@ -79,7 +79,11 @@ def claim_table(claims: Sequence[Claim]) -> Table:
 
 
 def pair_table(title: str, pairs: Sequence[Pair], seeds: int) -> Table:
-    """The first method's value less the second's."""
+    """The first method's value less the second's, and of what is lost the first's robustness gain over the second."""
+
+    def gained(one: Estimate | None) -> str:
+        return f"{100 * one.value:z.1f} [{100 * one.low:z.1f}, {100 * one.high:z.1f}]" if one else ""
+
     rows = [
         (
             pair.measure,
@@ -88,11 +92,12 @@ def pair_table(title: str, pairs: Sequence[Pair], seeds: int) -> Table:
             f"[{pair.scale * pair.estimate.low:z.{pair.digits}f}, {pair.scale * pair.estimate.high:z.{pair.digits}f}]",
             f"{pair.estimate.p:.3f}",
             f"{pair.p_holm:.3f}",
+            gained(pair.gain),
             too_few(seeds),
         )
         for pair in pairs
     ]
-    return Table(title, ("measure", "methods", "difference", "95 % interval", "p", "p (Holm)", "note"), rows)
+    return Table(title, ("measure", "methods", "difference", "95 % interval", "p", "p (Holm)", "gain %", "note"), rows)
 
 
 def measure_rows(measures: Sequence[Measure]) -> list[dict[str, Any]]:

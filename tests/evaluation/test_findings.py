@@ -3,9 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline.evaluation.findings import claims, flops_saving, pairs, time_saving, timed_claims, too_few
+from pipeline.evaluation.findings import claims, flops_saving, gains, pairs, time_saving, timed_claims, too_few
 from stages.report import read
 from tests.stages import made_up
+
+FIRST = ("swap", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,27 @@ def test_the_gain_is_one_less_the_ratio_of_mean_losses(grid):
     assert claim.measured == f"{100 * (1 - ours / theirs):.1f} %"
     assert claim.verdict == "supported"
     assert not any("than dense" in name for name in found)
+
+
+def test_gains_are_of_each_condition_and_both_ways(grid):
+    rows = gains(grid)
+    pairs_of_methods = {(row["method"], row["over"]) for row in rows}
+    assert len(pairs_of_methods) == len(grid.methods) * (len(grid.methods) - 1)
+    (row,) = (
+        r for r in rows if (r["model"], r["kind"], r["rate"], r["method"], r["over"]) == ("language", *FIRST, "vqmoe", "smoe")
+    )
+    ours, theirs = (grid.sample(m, "language", "noise", "lost", only=FIRST).values_SU.mean() for m in ("vqmoe", "smoe"))
+    assert row["gain"] == pytest.approx(1 - ours / theirs)
+    assert row["low"] < row["gain"] < row["high"]
+
+
+def test_a_pair_has_the_gain_of_what_is_lost_alone(grid):
+    for pair in pairs(grid):
+        # Not of all classifiers' losses: of some the interval reaches 0.
+        assert pair.gain is None or "lost" in pair.measure
+    lost = next(pair for pair in pairs(grid) if pair.measure == "language model: bits per token lost to noise")
+    ours, theirs = (grid.sample(m, "language", "noise", "lost").values_SU.mean() for m in (lost.first, lost.second))
+    assert lost.gain.value == pytest.approx(1 - ours / theirs)
 
 
 def test_the_headline_is_against_the_mean_of_the_other_routing_methods(rivals):

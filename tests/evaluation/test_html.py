@@ -39,7 +39,7 @@ class Page(HTMLParser):
 def made(grid, claims=(("28 % <more>", "1 %", "", "not supported", ""),)):
     tables = {name: Table(name, ("measure", "value"), [("a", "1.0"), ("- b", "2.0")]) for name in NAMES}
     tables["claims"] = Table("claims", ("claim", "measured", "95 % interval", "verdict", "note"), claims)
-    return page(DATA, grid, tables, {name: name.encode() for name in NAMES}, SHOWN)
+    return page(DATA, grid, tables, {name: name.encode() for name in (*NAMES, "gains")}, SHOWN)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ MEASURES = [
     Measure("lost", {"vqmoe": Estimate(0.1, 0.05, 0.2), "smoe": None}, 1, 100, "mode", {"vqmoe": "swap 10 %"}),
     Measure("- after", {"smoe": Spread(0.5, 0.25)}, 2),
 ]
-PAIR = Pair("lost", "vqmoe", "smoe", Estimate(-0.125, -0.25, -0.0001, 0.0123), 0.0369, 1, 100)
+PAIR = Pair("lost", "vqmoe", "smoe", Estimate(-0.125, -0.25, -0.0001, 0.0123), 0.0369, 1, 100, Estimate(0.3, 0.1, 0.5))
 
 
 def test_a_value_shows_its_interval_or_its_spread():
@@ -50,7 +50,7 @@ def test_claims_and_pairs_are_ready_text():
     assert table.rows == [("28 % more robust", "50.1 %", "[48.8, 51.3]", "supported", "")]
     assert [table.numeric(column) for column in range(5)] == [False, True, True, False, False]
     assert pair_table("Pairs", [PAIR], 2).rows == [
-        ("lost", "vqmoe - smoe", "-12.5", "[-25.0, 0.0]", "0.012", "0.037", "2 seeds: fewer than 3")
+        ("lost", "vqmoe - smoe", "-12.5", "[-25.0, 0.0]", "0.012", "0.037", "30.0 [10.0, 50.0]", "2 seeds: fewer than 3")
     ]
 
 

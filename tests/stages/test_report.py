@@ -39,7 +39,7 @@ def test_the_report_is_a_page_a_text_figures_and_the_data_of_each(made):
     folder = made.root / "report"
     assert {path.name for path in folder.iterdir()} == {"index.html", "report.md", "data", "figures"}
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert {path.stem for path in (folder / "data").glob("*.csv")} == figures | {"claims", "methods", "compute", "pairs"}
+    assert {path.stem for path in (folder / "data").glob("*.csv")} == figures | {"claims", "methods", "compute", "pairs", "gains"}
     assert set(re.findall(r"\]\(figures/(.*?)\.png\)", made.text)) == figures
     page = (folder / "index.html").read_text()
     assert all(f'download="{name}.csv"' in page for name in figures)
