@@ -85,7 +85,7 @@ A table for all presets whose models differ in the vocabulary alone.
 
 {costs}## Other tasks
 
-The paper's presets fine-tune SST-2. For another task change all of these, with `-S "data.tasks={{sst5: sst5}}" -S
+The paper's presets fine-tune SST-2. For another task name it under `data.tasks` and change all of these, with `-S
 finetune.steps=2670` and so on after `dvc exp run`, which keeps the language models, or after `vqmoe train`:
 
 {tasks}

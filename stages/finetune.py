@@ -2,13 +2,15 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import save_file
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 from torch import Tensor
 
 from pipeline.data.batches import Examples, encode_examples, spaced
-from pipeline.data.tasks import Task, read_task
+from pipeline.data.tasks import Task, groups, read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.files import output_folder, write_rows
 from pipeline.models.build import Spec, build
@@ -38,7 +40,10 @@ def classifier(params: SimpleNamespace, cell: Cell, tokenizer: Tokenizer, task: 
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
-    """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token."""
+    """Returns accuracy and macro-F1 on test, also without pre-training, and FLOPs per token.
+
+    units.safetensors holds for each passage of the test split whether its label was right, and what it belongs to.
+    """
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     task = read_task(paths.task(cell.task))
     chosen = task.splits | {"valid": spaced(task.splits["valid"], params.finetune.validate_passages)}
@@ -76,6 +81,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         tokenizer.save(folder / "tokenizer.json")
         write_rows(folder / "history.csv", fitted.history)
         confusion, classes = _by_class(test_PL, examples["test"], task.labels)
+        units = {"correct": (test_PL.argmax(1).numpy() == examples["test"].labels).astype(np.float64)}
+        save_file(units | groups(task.splits["test"]), folder / "units.safetensors")
         write_rows(folder / "confusion.csv", confusion)
         write_rows(folder / "classes.csv", classes)
     return metrics

@@ -1,6 +1,9 @@
 """Pre-train the language model: train, validate, keep the best, score it once on test."""
 
+import math
 from types import SimpleNamespace
+
+from safetensors.numpy import save_file
 
 from pipeline.data.batches import open_tokens
 from pipeline.data.tokenizers import Tokenizer
@@ -14,7 +17,7 @@ from pipeline.training.loop import Log, fit
 from pipeline.training.objectives import language_objective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
-from pipeline.training.validation import RoutingHistory, RoutingTally, held_out, score_tokens
+from pipeline.training.validation import RoutingHistory, RoutingTally, held_out, row_nats, score, score_tokens
 from stages.paths import Cell, Paths
 
 
@@ -31,7 +34,10 @@ def language_model(params: SimpleNamespace, cell: Cell, tokenizer: Tokenizer) ->
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
-    """Returns metrics: bits per character or perplexity on valid and test in each mode of the method, size, FLOPs, load."""
+    """Returns metrics: bits per character or perplexity on valid and test in each mode of the method, size, FLOPs, load.
+
+    units.safetensors holds the bits per token of each row of the test text in each mode.
+    """
     context, settings = params.model.context, params.pretrain
     tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
     unit = tokenizer.unit
@@ -59,7 +65,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         log=log,
         label=f"pretrain {cell.name}",
     )
-    tally, scores = RoutingTally(model), {}
+    tally, scores, units = RoutingTally(model), {}, {}
     names = {scored: unit if scored == mode else f"{unit}_{scored}" for scored in model.modes}
     with Progress(f"test {cell.name}", total=len(names) * test[:, 1:].size, unit="token") as progress:
 
@@ -69,7 +75,9 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
                 tally(hidden)
 
         for scored, name in names.items():
-            scores[name] = score_tokens(model, test, scored, unit, watch=watch)
+            nats_S, count_S = row_nats(model, test, scored, watch=watch)
+            scores[name] = score(nats_S.sum() / count_S.sum(), unit).item()
+            units[scored] = (nats_S / count_S / math.log(2)).numpy()
     sample = tokens["test"][:: max(1, len(tokens["test"]) // context)]
     metrics = {
         "best_step": fitted.best_step,
@@ -83,5 +91,6 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         checkpoint.save(folder, model, spec)
         tokenizer.save(folder / "tokenizer.json")
         write_rows(folder / "history.csv", fitted.history)
+        save_file(units, folder / "units.safetensors")
         write_rows(folder / "routing.csv", history.rows([row["step"] for row in fitted.history]))
     return metrics

@@ -15,7 +15,7 @@ from pipeline.errors import Failure
 from pipeline.evaluation import findings, plots, summary, tables
 from pipeline.evaluation.claims import Claim
 from pipeline.evaluation.exhibits import exhibits
-from pipeline.evaluation.grid import Grid
+from pipeline.evaluation.grid import LANGUAGE, Grid
 from pipeline.evaluation.html import Shown, page
 from pipeline.files import output_file, output_folder, write_rows
 from stages.paths import Cell, Paths, read_result
@@ -114,7 +114,7 @@ def read(params: SimpleNamespace, paths: Paths) -> Grid:
                 for row in _confusion(paths.output("finetune", Cell(method, seeds[0], task)) / "confusion.csv")
             ],
         },
-        units={m: [_units(paths.output("robustness", Cell(m, seed)) / "units.safetensors") for seed in seeds] for m in methods},
+        units={method: [_units(paths, Cell(method, seed), tasks) for seed in seeds] for method in methods},
         resamples=params.report.resamples,
     )
 
@@ -158,7 +158,20 @@ def _lines(path: Path) -> list[list[str]]:
     return lines
 
 
-def _units(path: Path) -> dict[str, np.ndarray]:
+def _units(paths: Paths, cell: Cell, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """What robustness kept of each text, and from pretrain and finetune what each text of the whole test split got."""
+    file = "units.safetensors"
+    units = _arrays(paths.output("robustness", cell) / file)
+    language = _arrays(paths.output("pretrain", cell) / file)
+    units |= {f"{LANGUAGE}/{mode}/test": bits_U for mode, bits_U in language.items()}
+    for task in tasks:
+        arrays = _arrays(paths.output("finetune", cell._replace(task=task)) / file)
+        units[f"{task}/test"] = arrays.pop("correct")
+        units |= {f"{task}/test/{name}": numbers_U for name, numbers_U in arrays.items()}
+    return units
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.data.batches import encode_examples, open_tokens, segments, spaced
 from pipeline.data.corpora import view
 from pipeline.data.corruption import Alphabet, alphabet, corrupt_text, rng_for
-from pipeline.data.tasks import Example, Task, read_task
+from pipeline.data.tasks import Example, Task, groups, read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.attack import Loss, apply, greedy
 from pipeline.evaluation.robustness import (
@@ -189,14 +189,17 @@ class Bench:
         clean = classifier_trace(model, plain, mode, watch=tally)
         record.add("clean", "clean", 0.0, classifier_effect(clean, clean, labels_S, plain.source_ST, aligned))
         for noise in self._noises(self.characters):
-            if aligned or self.tokenizer.symbols is not None:
+            if self.tokenizer.symbols is not None:
                 given = texts(encoded.ids, self.context, pad, noise)
             else:
                 given = texts(self._noisy(passages, task, noise), self.context, pad)
             noisy = classifier_trace(model, given, mode)
             record.add("noise", noise.kind, noise.rate, classifier_effect(clean, noisy, labels_S, given.source_ST, aligned))
             self.progress.advance()
+        record.units |= {f"{record.name['model']}/{key}": numbers for key, numbers in groups(passages).items()}
         some = _spaced(len(passages), self.settings.attack_texts)
+        attacked = [passages[i] for i in some]
+        record.units |= {f"{record.name['model']}/attack/{key}": numbers for key, numbers in groups(attacked).items()}
         base, chosen = clean.some(some), texts([encoded.ids[i] for i in some], self.context, pad)
 
         def loss(tokens_BT: Tensor, rows_B: Tensor) -> Tensor:

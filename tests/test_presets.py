@@ -39,7 +39,7 @@ def form(path):
     """Keys with their comments, without the head and without values."""
     lines = re.findall(r"^( *\w+:)(?: +[^#\n]*?)?( *#.*)?$", path.read_text(), re.M)
     # Tasks and shifts have names of their own.
-    return [("" if comment.endswith("# name: source") else key, comment.strip()) for key, comment in lines]
+    return [(key, comment.strip()) for key, comment in lines if not comment.endswith("# name: source")]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.data import published
 from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records
@@ -23,8 +25,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 @dataclass(frozen=True)
 class Example:
+    """A text with its label; `group` is what it was taken from, such as a document, with others that are like it."""
+
     text: str
     label: str
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     if name == "era":
         if any(document.year is None for split in SPLITS for document in corpus[split]):
             raise UsageError("data.tasks has 'era': the corpus has documents without a year; name a labelled file instead")
-        examples = {split: [Example(text, label) for text, label in _eras(corpus, split, passage)] for split in SPLITS}
+        examples = {split: list(_eras(corpus, split, passage)) for split in SPLITS}
         return _checked("task era", examples, {})
     path = published.fetch(name, root) if name in published.TASKS else root / name
     if not exists(path):
@@ -62,7 +67,8 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
         label = str(record["label"]).strip()
         if not label:
             raise Failure(f"{path}, line {number}: the label is empty; remove the line or fill it")
-        examples[record["split"]].append(Example(record["text"], label))
+        group = record.get("group")
+        examples[record["split"]].append(Example(record["text"], label, None if group in (None, "") else str(group)))
         lines.setdefault((record["split"], label), number)
     return _checked(str(path), examples, lines)
 
@@ -77,7 +83,9 @@ def write_task(path: Path, task: Task) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for split in SPLITS:
             for example in task.splits[split]:
-                file.write(json.dumps({"text": example.text, "label": example.label, "split": split}, ensure_ascii=False) + "\n")
+                group = {} if example.group is None else {"group": example.group}
+                record = {"text": example.text, "label": example.label, "split": split} | group
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read_task(path: Path) -> Task:
@@ -85,6 +93,12 @@ def read_task(path: Path) -> Task:
     if not path.exists():
         raise Failure(f"{path}: not found; run `vqmoe prepare` again")
     return load_task(path.name, {}, path.parent, passage=0)
+
+
+def groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """`groups`: a number (P,) for what each of P examples was taken from; nothing where some were taken from nowhere."""
+    names = [example.group for example in examples]
+    return {} if None in names else {"groups": np.unique(names, return_inverse=True)[1].astype(np.int64)}
 
 
 def passages(text: str, length: int) -> list[str]:
@@ -117,11 +131,11 @@ def _sentences(text: str, longest: int) -> Iterator[str]:
             yield sentence
 
 
-def _eras(corpus: Corpus, split: str, passage: int) -> Iterator[tuple[str, str]]:
+def _eras(corpus: Corpus, split: str, passage: int) -> Iterator[Example]:
     for document in corpus[split]:
         first = document.year - (document.year - ERA_FIRST) % ERA_YEARS
         for text in passages(document.text, passage):
-            yield text, f"{first}-{first + ERA_YEARS - 1}"
+            yield Example(text, f"{first}-{first + ERA_YEARS - 1}", document.name)
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -280,7 +280,7 @@ def _saving(grid: Grid) -> Iterator[Exhibit]:
             continue
         against = [(method, train), *((other, grid.modes(other)[1]) for other in grid.methods if other != method)]
         for phase, text in (("finetune", "fine-tuning"), ("infer", "inference")):
-            flops = [100 * flops_saving(grid.compute, (method, infer), other) for other in against]
+            flops = [100 * flops_saving(grid.compute, (method, infer), other, phase) for other in against]
             timed = [time_saving(grid.compute, (method, infer), other, phase) for other in against]
             times = [(100 * t.value, 100 * t.low, 100 * t.high) if t else None for t in timed]
             names = [f"{other}, {mode}" for other, mode in against]
@@ -294,8 +294,9 @@ def _saving(grid: Grid) -> Iterator[Exhibit]:
     if panels:
         title = "Saved by the discrete path alone"
         caption = (
-            "FLOPs of a forward pass (counted) and time per token (measured on one machine, with 95 % intervals; it differs from "
-            "run to run) that the discrete path saves against both paths and against the other methods as they are at inference."
+            "FLOPs (counted; of fine-tuning forward and backward) and time per token (measured on one machine, with 95 % "
+            "intervals; it differs from run to run) that the discrete path saves against both paths and against the other methods "
+            "as they are at inference."
         )
         figure = plots.saving_bars(panels, title, "FLOPs", "time", 100 * CLAIMED)
         yield Exhibit("saving", title, caption, figure, rows)

@@ -73,9 +73,9 @@ def time_saving(compute: Mapping[str, Any], one: tuple[str, str], other: tuple[s
     )
 
 
-def flops_saving(compute: Mapping[str, Any], one: tuple[str, str], other: tuple[str, str]) -> float:
-    """Share of the forward FLOPs per token that one (method, mode) saves over another."""
-    (a, b) = (compute[method]["flops_per_token"][mode] for method, mode in (one, other))
+def flops_saving(compute: Mapping[str, Any], one: tuple[str, str], other: tuple[str, str], phase: str) -> float:
+    """Share of a phase's FLOPs per token, backward included, that one (method, mode) saves over another."""
+    (a, b) = (compute[method][phase][mode]["flops_per_token"] for method, mode in (one, other))
     return 1 - a / b
 
 
@@ -85,16 +85,16 @@ def pairs(grid: Grid) -> list[Pair]:
     found = []
     for model in grid.models:
         unit, digits, scale = ("bits per token", 3, 1) if model == LANGUAGE else ("accuracy points", 1, 100)
-        clean = "clean bits per token" if model == LANGUAGE else "clean accuracy points"
-        texts = {"clean": clean} | {family: f"{unit} lost to {text}" for family, text in FAMILIES.items()}
+        test = "test bits per token" if model == LANGUAGE else "test accuracy points"
+        texts = {"test": test} | {family: f"{unit} lost to {text}" for family, text in FAMILIES.items()}
         for family, text in texts.items():
             name = f"{_model(model)}: {text}"
-            samples = {m: grid.sample(m, model, family, "score" if family == "clean" else "lost") for m in order}
+            samples = {m: grid.sample(m, model, family, "score" if family == "test" else "lost") for m in order}
             both = [(a, b) for a, b in itertools.combinations(order, 2) if samples[a] and samples[b]]
             estimates = [_difference(grid, samples[a], samples[b]) for a, b in both]
             adjusted = holm([one.p for one in estimates])
             for (a, b), one, p in zip(both, estimates, adjusted, strict=True):
-                gained = None if family == "clean" else _gain(grid, samples[a], samples[b])
+                gained = None if family == "test" else _gain(grid, samples[a], samples[b])
                 found.append(Pair(name, a, b, one, p, digits, scale, gained))
     return found
 
@@ -142,18 +142,18 @@ def _robust(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
 def _flops(grid: Grid) -> list[Claim]:
     found = []
     for rival, mode in _compared(grid):
-        saved = flops_saving(grid.compute, (CLAIMANT, grid.modes(CLAIMANT)[1]), (rival, mode))
+        saved = flops_saving(grid.compute, (CLAIMANT, grid.modes(CLAIMANT)[1]), (rival, mode), "finetune")
         name = f"{100 * CLAIMED:g} % less compute to fine-tune than {_other(rival, mode)}"
-        found.append(_claim(name, Estimate(saved, saved, saved), CLAIMED, None, "FLOPs of a forward pass, counted"))
+        found.append(_claim(name, Estimate(saved, saved, saved), CLAIMED, None, "FLOPs of a training step, counted"))
     return found
 
 
 def _accurate(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
     names, found = [], []
     for task in grid.tasks:
-        ours = grid.sample(CLAIMANT, task, "clean", "score")
-        theirs = {rival: sample for rival in rivals if (sample := grid.sample(rival, task, "clean", "score"))}
-        if ours and theirs:
+        ours = grid.sample(CLAIMANT, task, "test", "score")
+        theirs = {rival: grid.sample(rival, task, "test", "score") for rival in rivals}
+        if theirs:
             best = max(theirs, key=lambda rival: theirs[rival].values_SU.mean())
             names.append(f"strong fine-tuning: accuracy on {task} above {best}, the best other routing method")
             found.append(_difference(grid, ours, theirs[best]))

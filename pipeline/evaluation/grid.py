@@ -50,7 +50,12 @@ class Grid:
 
     @cached_property
     def draws(self) -> Draws:
-        return Draws(len(self.seeds), self.resamples)
+        """Passages that were taken from one document are drawn together, in all samples of a task."""
+        first, groups = self.units[self.methods[0]][0], {}
+        for task in self.tasks:
+            places = {"": task, "/raw": task, "/attack": f"{task}/attack", "/test": f"{task}/test"}
+            groups |= {task + own: first[f"{at}/groups"] for own, at in places.items() if f"{at}/groups" in first}
+        return Draws(len(self.seeds), self.resamples, groups)
 
     @cached_property
     def unit(self) -> str:
@@ -88,19 +93,25 @@ class Grid:
         mode: str | None = None,
         only: tuple[str, float] | None = None,
     ) -> Sample | None:
-        """Each unit's `score` or `lost`, mean over the conditions of a family or of one; None where there are none."""
-        conditions = self.conditions(method, model, family, mode) if only is None else [only]
-        if not conditions:
-            return None
+        """Each unit's `score` or `lost`, mean over the conditions of a family or of one; None where there are none.
+
+        Family `test` is the whole test split, clean: bits per token of each row of the text, right labels of each passage.
+        """
         mode = mode or self.modes(method)[1]
-        names = [f"{model}/{mode}/{kind}/{rate!r}/{what}" for kind, rate in conditions]
+        if family == "test":
+            names = [f"{LANGUAGE}/{mode}/test" if model == LANGUAGE else f"{model}/test"]
+        else:
+            conditions = self.conditions(method, model, family, mode) if only is None else [only]
+            names = [f"{model}/{mode}/{kind}/{rate!r}/{what}" for kind, rate in conditions]
+        if not names:
+            return None
         try:
             values_SU = np.array([np.mean([seed[name] for name in names], axis=0) for seed in self.units[method]])
         except (KeyError, ValueError) as error:
             raise Failure(f"units of {method}: not those of its scores ({error}); run `dvc repro`") from None
         # Clean and noisy text are the same units; attacks and shifts have their own.
-        own = {"attack": "/attack", "shift": f"/{conditions[0][0]}"}.get(family, "")
-        return Sample(values_SU, model + own)
+        own = {"attack": "/attack", "test": "/test"}.get(family, "")
+        return Sample(values_SU, model + (f"/{conditions[0][0]}" if family == "shift" else own))
 
     def interval(self, sample: Sample | None) -> Estimate | None:
         """Mean over seeds and units with its 95 % bootstrap interval."""

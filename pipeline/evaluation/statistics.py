@@ -5,7 +5,7 @@ Shapes: S training seeds, U test units (segments or passages), R bootstrap repli
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +37,12 @@ class Draws:
     simulated cases, with 5 in 88 %.
     """
 
-    def __init__(self, seeds: int, resamples: int) -> None:
-        """Draw seeds once, for all test sets: the same models are behind them."""
+    def __init__(self, seeds: int, resamples: int, groups: Mapping[str, np.ndarray] | None = None) -> None:
+        """Draw seeds once, for all test sets: the same models are behind them.
+
+        `groups` gives by name of a test set the number (U,) of what each unit was taken from: units of one document are alike, so
+        it is documents that are drawn, with all their units.
+        """
         if min(seeds, resamples) < 1:
             raise Failure(f"bootstrap of {seeds} seeds, {resamples} resamples: both have to be at least 1")
         self.seeds, self.resamples = seeds, resamples
@@ -46,6 +50,7 @@ class Draws:
         # nothing to draw from: its interval is about test units only.
         stretch = math.sqrt(seeds / max(seeds - 1, 1))
         self._weight_RS = (1 + stretch * (self._counts("seeds", seeds) - 1)) / seeds
+        self._groups = groups or {}
         self._count_RU: dict[tuple[str, int], np.ndarray] = {}
 
     def means(self, values_SU: np.ndarray, units: str) -> np.ndarray:
@@ -61,9 +66,13 @@ class Draws:
                 f"{units}: values of {len(values_SU)} seeds, expected {self.seeds}; compare methods with the same seeds"
             )
         if (units, size) not in self._count_RU:
-            self._count_RU[units, size] = self._counts(f"units:{units}", size).astype(np.float64)
+            group_U = self._groups.get(units, np.arange(size))
+            if len(group_U) != size:
+                raise Failure(f"{units}: {size} units, but groups of {len(group_U)}; run `dvc repro`")
+            self._count_RU[units, size] = self._counts(f"units:{units}", int(group_U.max()) + 1)[:, group_U].astype(np.float64)
+        count_RU = self._count_RU[units, size]
         # Units first and divided last: with one seed, sums of right and wrong answers are exact and ties stay ties.
-        return (self._weight_RS * (self._count_RU[units, size] @ values_SU.T)).sum(1) / size
+        return (self._weight_RS * (count_RU @ values_SU.T)).sum(1) / count_RU.sum(1)
 
     def _counts(self, name: str, size: int) -> np.ndarray:
         """How often (R, size) each of `size` things is drawn."""

@@ -71,9 +71,11 @@ def _language(grid: Grid) -> list[Measure]:
     else:
         references = ", ".join(f"{k} {v:.0f}" for k, v in grid.prepared["references"].get("perplexity", {}).items())
     rows = [
-        _metric(grid, f"test {name}", "pretrain", None, ("test", unit), digits, note=references),
-        _metric(grid, "- discrete path alone", "pretrain", None, ("test", f"{unit}_discrete"), digits),
-        _metric(grid, "- router's top-k experts alone", "pretrain", None, ("test", f"{unit}_router"), digits),
+        Measure(f"test {name}", {m: _test(grid, m, grid.modes(m)[0]) for m in grid.methods}, digits, note=references),
+        *(
+            Measure(text, {m: _test(grid, m, mode) for m in grid.methods if grid.modes(m)[0] != mode}, digits)
+            for text, mode in (("- discrete path alone", "discrete"), ("- router's top-k experts alone", "router"))
+        ),
     ]
     note = "mode of inference"
     for task in grid.tasks:
@@ -82,6 +84,14 @@ def _language(grid: Grid) -> list[Measure]:
             _metric(grid, "- after warm-up", "warmup", task, ("after", unit), digits, note=note),
         ]
     return rows
+
+
+def _test(grid: Grid, method: str, mode: str) -> Estimate | None:
+    """Score of the whole test text in a mode; None in one that the method does not have."""
+    if f"{LANGUAGE}/{mode}/test" not in grid.units[method][0]:
+        return None
+    bits = grid.interval(grid.sample(method, LANGUAGE, "test", "score", mode))
+    return bits if grid.unit == "bpc" else Estimate(*(2**value for value in bits[:3]))
 
 
 def _codebook(grid: Grid) -> list[Measure]:
@@ -96,7 +106,13 @@ def _task(grid: Grid, task: str) -> list[Measure]:
     tfidf = grid.prepared["references"]["tfidf"][task]
     given = ("finetune", task)
     return [
-        _metric(grid, f"{task}: test accuracy %", *given, ("test", "accuracy"), 1, 100, f"TF-IDF {100 * tfidf['accuracy']:.1f}"),
+        Measure(
+            f"{task}: test accuracy %",
+            {method: grid.interval(grid.sample(method, task, "test", "score")) for method in grid.methods},
+            1,
+            100,
+            f"TF-IDF {100 * tfidf['accuracy']:.1f}",
+        ),
         _metric(grid, "- macro-F1 %", *given, ("test", "macro_f1"), 1, 100, f"TF-IDF {100 * tfidf['macro_f1']:.1f}"),
         _metric(
             grid,

@@ -31,10 +31,8 @@ def score(nats: Tensor, unit: Unit) -> Tensor:
 
 def nats(model: Transformer, rows_BT: Tensor, mode: Mode, memory: list[Tensor] | None = None) -> tuple[Tensor, Hidden]:
     """Mean nats of the next tokens in rows (B, T + 1), and the hidden states it came from; -1 stands where a row has ended."""
-    target_BT = rows_BT[:, 1:]
-    valid_BT = target_BT >= 0
-    hidden = model(rows_BT[:, :-1].clamp(min=0), mode, None if valid_BT.all() else valid_BT, memory)
-    return model.nats(hidden.state_BTD, target_BT).sum() / valid_BT.sum(), hidden
+    nats_BT, hidden = _token_nats(model, rows_BT, mode, memory)
+    return nats_BT.sum() / (rows_BT[:, 1:] >= 0).sum(), hidden
 
 
 def held_out(model: Transformer, tokens: np.ndarray, limit: int | None = None) -> np.ndarray:
@@ -48,13 +46,22 @@ def held_out(model: Transformer, tokens: np.ndarray, limit: int | None = None) -
 def score_tokens(
     model: Transformer, rows_ST: np.ndarray, mode: Mode, unit: Unit, *, memory: int | None = None, watch: Watch | None = None
 ) -> float:
-    """Score of all next tokens in rows (S, T + 1), in `unit`.
+    """Score of all next tokens in rows (S, T + 1), in `unit`; memory as of `row_nats`."""
+    total_S, count_S = row_nats(model, rows_ST, mode, memory=memory, watch=watch)
+    return score(total_S.sum() / count_S.sum(), unit).item()
+
+
+@torch.no_grad()
+def row_nats(
+    model: Transformer, rows_ST: np.ndarray, mode: Mode, *, memory: int | None = None, watch: Watch | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the nats of each row's next tokens (S,), float64, and their number (S,), of rows (S, T + 1).
 
     The model remembers `memory` tokens, its `evaluate_memory` where nothing is said. If it remembers any, each row is read in
     order, `evaluate_context` tokens at a time, else a row is one segment.
     """
     memory = model.evaluate_memory if memory is None else memory
-    total, count = 0.0, 0
+    total_S, count_S = (torch.zeros(len(rows_ST), dtype=torch.float64) for _ in range(2))
     length = rows_ST.shape[1] - 1
     step = model.evaluate_context if memory else length
     for start in range(0, len(rows_ST), BATCH):
@@ -62,13 +69,21 @@ def score_tokens(
         past = None
         for first in range(0, length, step):
             segment_BT = batch_BT[:, first : first + step + 1]
-            mean, hidden = nats(model, segment_BT, mode, past)
+            nats_BT, hidden = _token_nats(model, segment_BT, mode, past)
             past = hidden.memory(memory)
-            predicted = int((segment_BT[:, 1:] >= 0).sum())
-            total, count = total + mean.item() * predicted, count + predicted
+            total_S[start : start + BATCH] += nats_BT.sum(1, dtype=torch.float64)
+            count_S[start : start + BATCH] += (segment_BT[:, 1:] >= 0).sum(1)
             if watch is not None:
                 watch(hidden)
-    return score(torch.tensor(total / count, dtype=torch.float64), unit).item()
+    return total_S, count_S
+
+
+def _token_nats(model: Transformer, rows_BT: Tensor, mode: Mode, memory: list[Tensor] | None) -> tuple[Tensor, Hidden]:
+    """Nats (B, T) of the next tokens in rows (B, T + 1), zero where a row has ended, and the hidden states."""
+    target_BT = rows_BT[:, 1:]
+    valid_BT = target_BT >= 0
+    hidden = model(rows_BT[:, :-1].clamp(min=0), mode, None if valid_BT.all() else valid_BT, memory)
+    return model.nats(hidden.state_BTD, target_BT), hidden
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def test_flops_are_counted_and_need_no_seeds(grid, tmp_path):
     found = {claim.claim: claim for claim in claims(grid)}
     assert found["28 % less compute to fine-tune than its own mode both"][1:4] == ("25.0 %", "", "not supported")
     assert found["28 % less compute to fine-tune than smoe"].measured == "20.0 %"
-    assert flops_saving(grid.compute, ("vqmoe", "discrete"), ("vqmoe", "both")) == pytest.approx(1 - 1.2 / 1.6)
+    assert flops_saving(grid.compute, ("vqmoe", "discrete"), ("vqmoe", "both"), "finetune") == pytest.approx(1 - 1.2 / 1.6)
     params = made_up.params(seeds=(0,), tasks=("era",))
     verdicts = {c.claim: c.verdict for c in claims(read(params, made_up.write(tmp_path, params)))}
     assert verdicts["28 % less compute to fine-tune than smoe"] == "not supported"
@@ -84,7 +84,7 @@ def test_time_is_a_claim_apart(grid):
 
 def test_accuracy_against_the_best_and_consistency_against_the_mean(rivals):
     found = {claim.claim: claim for claim in claims(rivals)}
-    accuracy = {m: rivals.sample(m, "era", "clean", "score").values_SU.mean() for m in ("vqmoe", "smoe", "xmoe")}
+    accuracy = {m: rivals.sample(m, "era", "test", "score").values_SU.mean() for m in ("vqmoe", "smoe", "xmoe")}
     best = max(("smoe", "xmoe"), key=accuracy.get)
     claim = found[f"strong fine-tuning: accuracy on era above {best}, the best other routing method"]
     assert claim.measured == f"{100 * (accuracy['vqmoe'] - accuracy[best]):z.1f} points"
@@ -102,13 +102,13 @@ def test_pairs_are_differences_of_means_and_vqmoe_comes_first(rivals):
     found = pairs(rivals)
     measures = list(dict.fromkeys(pair.measure for pair in found))
     assert measures == [
-        "language model: clean bits per token",
+        "language model: test bits per token",
         "language model: bits per token lost to noise",
-        "era: clean accuracy points",
+        "era: test accuracy points",
         "era: accuracy points lost to noise",
         "era: accuracy points lost to the adaptive attack",
     ]
-    for measure, family, what in zip(measures[2:], ("clean", "noise", "attack"), ("score", "lost", "lost"), strict=True):
+    for measure, family, what in zip(measures[2:], ("test", "noise", "attack"), ("score", "lost", "lost"), strict=True):
         same = [pair for pair in found if pair.measure == measure]
         assert [(p.first, p.second) for p in same][:3] == [("vqmoe", "dense"), ("vqmoe", "smoe"), ("vqmoe", "xmoe")]
         assert len(same) == 6

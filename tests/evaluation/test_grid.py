@@ -38,6 +38,23 @@ def test_only_the_same_texts_are_paired(grid):
     assert grid.sample("smoe", "language", "attack", "score") is None
 
 
+def test_the_whole_test_split_by_mode_and_passage(grid):
+    both, discrete = (grid.sample("vqmoe", "language", "test", "score", mode) for mode in ("both", None))
+    assert (discrete.values_SU - both.values_SU) == pytest.approx(np.full((3, 40), 0.02))
+    assert grid.sample("smoe", "era", "test", "score").values_SU.mean(1) == pytest.approx([0.79, 0.795, 0.8])
+    assert grid.sample("smoe", "era", "test", "score").units == "era/test"
+
+
+def test_passages_of_one_document_are_drawn_together(grid):
+    sample = grid.sample("smoe", "era", "clean", "score")
+    together = grid.draws.means(np.tile(np.eye(30)[0] + np.eye(30)[1], (3, 1)), sample.units)
+    apart = grid.draws.means(np.tile(np.eye(30)[0] + np.eye(30)[3], (3, 1)), sample.units)
+    # Two passages of the same three: drawn as often as each other.
+    assert set((together * 30 / 2).round(6)) <= set(range(10))
+    assert not set((apart * 30 / 2).round(6)) <= set(range(10))
+    assert grid.draws.means(np.ones((3, 10)), grid.sample("smoe", "era", "attack", "score").units) == pytest.approx(1)
+
+
 def test_a_column_that_is_empty_has_no_mean(grid):
     assert grid.by_seed(grid.scores("dense", "era", "noise"), "dense", "consistency") is None
     assert grid.by_seed(grid.scores("smoe", "era", "noise"), "smoe", "consistency") == pytest.approx([0.9 - 0.06] * 3)
@@ -49,6 +66,6 @@ def test_units_that_are_not_those_of_the_scores_are_an_error(grid):
         with pytest.raises(Failure, match="units of smoe"):
             other.sample("smoe", "era", "noise", "lost")
     bad = {name: np.full_like(values, np.nan) for name, values in grid.units["smoe"][0].items()}
-    other = dataclasses.replace(grid, units={"smoe": [bad, *grid.units["smoe"][1:]]})
+    other = dataclasses.replace(grid, units=grid.units | {"smoe": [bad, *grid.units["smoe"][1:]]})
     with pytest.raises(Failure, match="not finite"):
         other.interval(other.sample("smoe", "era", "noise", "lost"))

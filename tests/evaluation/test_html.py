@@ -65,7 +65,7 @@ def test_figures_have_their_data_their_runs_and_words_for_who_cannot_see_them(fo
     assert image["alt"] == 'A <figure>. It says "this".'
     assert base64.b64decode(image["src"].partition("base64,")[2]) == b"\x89PNG"
     data = {attrs["download"]: attrs["href"] for attrs in found.all("a") if "download" in attrs}
-    assert data.keys() == {"one.csv", *(f"{name}.csv" for name in NAMES)}
+    assert data.keys() == {"one.csv", *(f"{name}.csv" for name in (*NAMES, "gains"))}
     assert base64.b64decode(data["one.csv"].partition("base64,")[2]) == b"a,b\n1,2\n"
     assert "run1 run2" in found.text
 

@@ -266,3 +266,38 @@ def test_area_is_the_mean_height():
     assert area([0.4, 0, 0.1], [1, 0, 1]) == area([0, 0.1, 0.4], [0, 1, 1])
     x = np.sort(np.random.default_rng(0).random(50))
     assert area(x, np.sin(x)) == pytest.approx((np.cos(x[0]) - np.cos(x[-1])) / (x[-1] - x[0]), abs=1e-3)
+
+
+def test_units_of_a_group_are_drawn_together_and_the_mean_is_over_those_drawn(rng):
+    groups, values = np.array([0, 0, 0, 1, 2, 2]), rng.normal(size=(2, 6))
+    draws = Draws(2, 300, {"era": groups})
+    found = draws.means(values, "era")
+    count_RU = drawn_units(draws, 6)
+    assert (count_RU[:, [0, 0, 4]] == count_RU[:, [1, 2, 5]]).all()
+    assert (count_RU[:, [0, 3, 4]].sum(1) == 3).all()
+    weight_RS = draws._weight_RS
+    for r in range(300):
+        naive = sum(weight_RS[r, s] * sum(count_RU[r, u] * values[s, u] for u in range(6)) / count_RU[r].sum() for s in range(2))
+        assert found[r] == pytest.approx(naive)
+    assert draws.means(values, "other") == pytest.approx(Draws(2, 300).means(values, "other"))
+
+
+def test_groups_widen_the_interval_of_values_that_are_alike_in_them(rng):
+    values = np.repeat(rng.normal(size=20), 10)[None]
+    alone, grouped = (
+        estimate(values.mean(), Draws(1, 2000, groups).means(values, "era")) for groups in ({}, {"era": np.arange(200) // 10})
+    )
+    # The deviation of a mean of 20, not of 200.
+    assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(np.sqrt(10), rel=0.15)
+    assert grouped.high - grouped.low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(20), rel=0.1)
+
+
+def test_groups_of_other_units_are_an_error():
+    with pytest.raises(Failure, match="era: 6 units, but groups of 5"):
+        Draws(1, 50, {"era": np.arange(5)}).means(np.ones((1, 6)), "era")
+
+
+def drawn_units(draws, size):
+    """How often each unit was drawn, from the draws themselves."""
+    draws.means(np.ones((draws.seeds, size)), "era")
+    return draws._count_RU["era", size]
