@@ -295,8 +295,8 @@ def _saving(grid: Grid) -> Iterator[Exhibit]:
         title = "Saved by the discrete path alone"
         caption = (
             "FLOPs (counted; of fine-tuning forward and backward) and time per token (measured on one machine, with 95 % "
-            "intervals; it differs from run to run) that the discrete path saves against both paths and against the other methods "
-            "as they are at inference."
+            "intervals; it differs from run to run) that the discrete path saves against both paths and against the other "
+            "methods as they are at inference."
         )
         figure = plots.saving_bars(panels, title, "FLOPs", "time", 100 * CLAIMED)
         yield Exhibit("saving", title, caption, figure, rows)
