@@ -65,7 +65,7 @@ def test_units_that_are_not_those_of_the_scores_are_an_error(grid):
         other = dataclasses.replace(grid, units={"smoe": [broken, *grid.units["smoe"][1:]]})
         with pytest.raises(Failure, match="units of smoe"):
             other.sample("smoe", "era", "noise", "lost")
-    bad = {name: np.full_like(values, np.nan) for name, values in grid.units["smoe"][0].items()}
+    bad = {name: np.full(values.shape, np.nan) for name, values in grid.units["smoe"][0].items()}
     other = dataclasses.replace(grid, units=grid.units | {"smoe": [bad, *grid.units["smoe"][1:]]})
     with pytest.raises(Failure, match="not finite"):
         other.interval(other.sample("smoe", "era", "noise", "lost"))
