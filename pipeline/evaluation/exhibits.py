@@ -3,21 +3,25 @@
 Shapes: S seeds, C conditions, L layers.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
+from scipy.stats import PermutationMethod, pearsonr, rankdata
 
 from pipeline.evaluation import plots
 from pipeline.evaluation.findings import CLAIMED, flops_saving, time_saving
-from pipeline.evaluation.grid import LANGUAGE, Grid, Row, Sample, metric
-from pipeline.evaluation.plots import Bars, Curve, Panel, Point
+from pipeline.evaluation.grid import LANGUAGE, Grid, Row, Sample
+from pipeline.evaluation.plots import Bars, Curve, Map, Panel, Point
 from pipeline.evaluation.summary import NAMES
 
 # More classes than these make no legible confusion map.
 CLASSES = 100
+
+# Kinds of corruption whose names do not speak for themselves.
+KINDS = {"greedy": "adaptive attack", "raw": "raw text"}
 
 BAND = "Bands: 95 % bootstrap intervals over seeds and test texts."
 SEEDS = "Lines: means over seeds; bands, with several seeds: from the lowest to the highest."
@@ -37,8 +41,10 @@ def exhibits(grid: Grid) -> Iterator[Exhibit]:
     """In the order of the report, one at a time: figures take memory. What a grid does not have is left out."""
     yield _training(grid)
     for model in grid.models:
-        if any(grid.conditions(method, model, "noise") for method in grid.methods):
+        if grid.conditions(grid.methods[0], model, "noise"):
             yield _severity(grid, model)
+            if len(grid.methods) > 1:
+                yield _relative(grid, model)
     yield from _attack(grid)
     yield from _degradation(grid)
     yield from _consistency(grid)
@@ -64,131 +70,143 @@ def _training(grid: Grid) -> Exhibit:
 
 
 def _severity(grid: Grid, model: str) -> Exhibit:
-    kinds = dict.fromkeys(kind for method in grid.methods for kind, _ in grid.conditions(method, model, "noise"))
-    rows, panels = [], []
-    for kind in kinds:
+    name, rows, panels = _name(model), [], []
+    for kind, rates in _severities(grid, model).items():
         lines = {}
         for method in grid.methods:
-            rates = [rate for other, rate in grid.conditions(method, model, "noise") if other == kind]
-            if rates:
-                samples = [grid.sample(method, model, "clean", "score")]
-                samples += [grid.sample(method, model, "noise", "score", only=(kind, rate)) for rate in rates]
-                lines[method] = _line(grid, [0.0, *rates], samples, model)
-                rows += _curve_rows(grid, method, model, kind, [0.0, *rates], samples)
-        panels.append(Panel(kind, "changed, %", _unit(model), lines))
-    name = _name(model)
+            samples = [grid.sample(method, model, "clean", "score")]
+            samples += [grid.sample(method, model, "noise", "score", only=(kind, rate)) for rate in rates]
+            lines[method], found = _curve(grid, method, model, kind, [0.0, *rates], samples, "score")
+            rows += found
+        ylabel = "bits per token" if model == LANGUAGE else "accuracy, %"
+        panels.append(Panel(kind, _changed(grid, model, kind), ylabel, lines))
     caption = (
-        f"{name}, mode of inference, under every kind of noise against its severity, the share of characters (or words) "
-        f"touched. {'Lower' if model == LANGUAGE else 'Higher'} is better. {BAND}"
+        f"{name}, mode of inference, under every kind of noise against its severity. "
+        f"{'Lower' if model == LANGUAGE else 'Higher'} is better. {BAND}"
     )
     return Exhibit(f"severity-{model}", f"{name} under noise", caption, plots.curves(panels, f"{name} under noise"), rows)
+
+
+def _relative(grid: Grid, model: str) -> Exhibit:
+    title, rows, panels = f"{_name(model)}: lost to noise, beside the other methods", [], []
+    for kind, rates in _severities(grid, model).items():
+        lost = {m: [grid.sample(m, model, "noise", "lost", only=(kind, rate)) for rate in rates] for m in grid.methods}
+        means_SU = [np.mean([sample.values_SU for sample in samples], axis=0) for samples in zip(*lost.values(), strict=True)]
+        lines = {}
+        for method, samples in lost.items():
+            less = [Sample(one.values_SU - mean_SU, one.units) for one, mean_SU in zip(samples, means_SU, strict=True)]
+            lines[method], found = _curve(grid, method, model, kind, rates, less, "relative")
+            rows += found
+        panels.append(Panel(kind, _changed(grid, model, kind), f"{_lost(model)}, less mean", lines))
+    caption = (
+        "What each method lost to noise less the mean over the methods of the same texts, mode of inference. Below 0: loses less "
+        "than the mean of the methods. Bands: 95 % bootstrap intervals of the difference, paired by seed and text."
+    )
+    return Exhibit(f"relative-{model}", title, caption, plots.curves(panels, title, {"": 0.0}), rows)
 
 
 def _attack(grid: Grid) -> Iterator[Exhibit]:
     rows, panels = [], []
     for model in grid.models:
-        lines = {}
+        lines, random = {}, {}
+        xlabel = "characters changed, %" if grid.unit == "bpc" else "tokens changed, %"
         for method in grid.methods:
-            conditions = grid.conditions(method, model, "attack")
-            for kind in dict.fromkeys(kind for kind, _ in conditions):
-                rates = [rate for other, rate in conditions if other == kind]
-                samples = [grid.sample(method, model, "attack", "score", only=(kind, rate)) for rate in rates]
-                lost = grid.sample(method, model, "attack", "lost", only=(kind, rates[0]))
-                # An attack has its own passages; their clean scores follow from what they lost.
-                sign = -1 if model == LANGUAGE else 1
-                samples = [Sample(samples[0].values_SU + sign * lost.values_SU, lost.units), *samples]
-                lines[method] = _line(grid, [0.0, *rates], samples, model)
-                rows += _curve_rows(grid, method, model, kind, [0.0, *rates], samples)
+            attacks = grid.conditions(method, model, "attack")
+            noises = [("replace", rate) for _, rate in attacks] if _changed(grid, model, "replace") == xlabel else []
+            noises = [noise for noise in noises if noise in grid.conditions(method, model, "noise")]
+            for family, conditions, shown in (("attack", attacks, lines), ("noise", noises, random)):
+                if conditions:
+                    samples = [grid.sample(method, model, family, "lost", only=condition) for condition in conditions]
+                    samples = [Sample(np.zeros_like(samples[0].values_SU), samples[0].units), *samples]
+                    rates = [0.0, *(rate for _, rate in conditions)]
+                    shown[method], found = _curve(grid, method, model, conditions[0][0], rates, samples, "lost")
+                    rows += found
         if lines:
-            panels.append(Panel(_name(model), "characters changed, %", _unit(model), lines))
+            panels.append(Panel(_name(model), xlabel, _lost(model), lines, random))
     if panels:
+        dashed = " Dashed: lost to as many random replacements." if any(panel.dashed for panel in panels) else ""
         caption = (
-            "An attack that knows the model and changes, one after another, the characters that hurt most. Accuracy: higher is "
-            f"better. It has fewer passages than noise has. {BAND}"
+            "What is lost to an attack that knows the model and changes, one after another, what hurts most; lower is "
+            f"better.{dashed} The attack has fewer texts than noise has. {BAND}"
         )
-        yield Exhibit("attack", "Adaptive attack", caption, plots.curves(panels, "Adaptive attack"), rows)
+        figure = plots.curves(panels, "Adaptive attack", dashed="random replacement")
+        yield Exhibit("attack", "Adaptive attack", caption, figure, rows)
 
 
 def _degradation(grid: Grid) -> Iterator[Exhibit]:
-    rows, maps = [], {}
+    rows, maps = [], []
     for model in grid.models:
-        scores = [
-            row
-            for method in grid.methods
-            for family in ("noise", "attack", "shift")
-            for row in grid.scores(method, model, family)
-        ]
-        kinds = list(dict.fromkeys(row["kind"] for row in scores))
-        if not kinds:
-            continue
-        scale, unit = (1, "bits per token lost") if model == LANGUAGE else (100, "accuracy points lost")
-        values = np.full((len(grid.methods), len(kinds)), np.nan)
-        for i, method in enumerate(grid.methods):
-            for j, kind in enumerate(kinds):
+        panels = []
+        for families in (("noise",), ("attack", "shift")):
+            scores = [row for m in grid.methods for family in families for row in grid.scores(m, model, family)]
+            kinds = list(dict.fromkeys(row["kind"] for row in scores))
+            values = np.full((len(grid.methods), len(kinds)), np.nan)
+            for (i, method), (j, kind) in itertools.product(enumerate(grid.methods), enumerate(kinds)):
                 lost = [row["degradation"] for row in scores if (row["method"], row["kind"]) == (method, kind)]
-                values[i, j] = scale * np.mean(lost) if lost else np.nan
-        maps[_name(model)] = (grid.methods, kinds, values, unit)
-        rows += scores
-    if maps:
+                values[i, j] = _scale(model) * np.mean(lost) if lost else np.nan
+            title = f"{_name(model)}: {' and '.join(families)}"
+            names = [KINDS.get(kind, kind) for kind in kinds]
+            panels.append(Map(title, grid.methods, names, values, _lost(model), 2 if model == LANGUAGE else 1))
+            rows += scores
+        maps.append(panels)
+    if rows:
         caption = (
-            "What each kind of corruption costs each method in the mode of inference, mean over severities and seeds; darker is "
-            "better. A model that is worse on clean text has less to lose: read it beside the clean scores."
+            "What each corruption costs each method in the mode of inference, mean over severities and seeds; darker is better, "
+            "and every panel has its own scale. Adaptive attack: the characters that hurt most are changed; raw text: with its "
+            "punctuation, capitals and digits; other shifts: another corpus of that name. A model that is worse on clean text "
+            "has less to lose: read it beside the clean scores."
         )
         yield Exhibit("degradation", "Loss by corruption", caption, plots.heat_maps(maps, "Lost to each corruption"), rows)
 
 
 def _consistency(grid: Grid) -> Iterator[Exhibit]:
-    rows, panels, said = [], [], []
+    title, rows, panels, said = "Routing consistency beside robustness", [], [], []
     for model in grid.models:
         shown = {}
         for method in grid.methods:
-            scores = grid.scores(method, model, "noise")
-            same, lost = (grid.by_seed(scores, method, name) for name in ("consistency", "degradation"))
-            if same is None or lost is None:
+            same_S = grid.by_seed(grid.scores(method, model, "noise"), method, "consistency")
+            if same_S is None:
                 continue
-            same, lost = 100 * same, (1 if model == LANGUAGE else 100) * lost
-            shown[method] = [Point(x, y) for x, y in zip(same, lost, strict=True)]
-            runs = grid.runs["robustness", None][method]
+            sample = grid.sample(method, model, "noise", "lost")
+            lost = [_scale(model) * end for end in grid.interval(sample)[:3]]
+            shown[method] = [Point(100 * float(same_S.mean()), *lost)]
             rows += [
-                {"method": method, "seed": seed, "run_id": run, "model": model, "consistency": x, "degradation": y}
-                for seed, run, x, y in zip(grid.seeds, runs, same, lost, strict=True)
+                run | {"consistency": 100 * same, "degradation": _scale(model) * one_U.mean()}
+                for run, same, one_U in zip(_runs(grid, method, model), same_S, sample.values_SU, strict=True)
             ]
         if shown:
-            ylabel = "bits per token lost to noise" if model == LANGUAGE else "accuracy points lost to noise"
-            panels.append(Panel(_name(model), "experts unchanged by noise, %", ylabel, shown))
-            said.append(f"{_name(model)}: {_correlation([point for points in shown.values() for point in points])}")
+            ylabel = f"{_lost(model)} to noise"
+            panels.append(Panel(_name(model), "experts unchanged by noise, %", ylabel, shown, bottom=0))
+            said.append(f"{_name(model)}: {_correlation([point for (point,) in shown.values()])}.")
     if panels:
         caption = (
-            "Does steady routing make a model robust? A point per method and seed, means over all noise. "
-            f"{' '.join(said)} Seeds of one method are no independent points, and a correlation over methods that differ in "
-            "much else would not show that one causes the other."
+            "Does steady routing make a model robust? A point per method: means over all noise and seeds, bars: 95 % bootstrap "
+            f"intervals of what is lost. {' '.join(said)} A correlation over methods that differ in much else is no cause."
         )
-        figure = plots.points(panels, "Routing consistency beside robustness")
-        yield Exhibit("consistency", "Routing consistency beside robustness", caption, figure, rows)
+        yield Exhibit("consistency", title, caption, plots.points(panels, title), rows)
 
 
 def _correlation(shown: Sequence[Point]) -> str:
-    """Spearman's correlation of consistency and loss, and what follows."""
-    x, y = ([getattr(point, axis) for point in shown] for axis in "xy")
-    if len(shown) < 5 or len(set(x)) == 1 or len(set(y)) == 1:
-        return f"too few different points (n = {len(shown)}) for a correlation."
-    found = spearmanr(x, y)
-    if found.pvalue >= 0.05:
-        meaning = "consistency does not explain the loss"
-    else:
-        meaning = f"the more consistent the routing, the {'less' if found.statistic < 0 else 'more'} is lost"
-    return f"Spearman's rank correlation {found.statistic:z.2f} (n = {len(shown)}, p = {found.pvalue:.3f}): {meaning}."
+    """Spearman's correlation of consistency and loss over the methods."""
+    ranks = [rankdata([getattr(point, axis) for point in shown]) for axis in "xy"]
+    if len(shown) < 5:
+        return f"{len(shown)} {'method is' if len(shown) == 1 else 'methods are'} too few for a correlation"
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return "all methods are the same, so there is no correlation"
+    # By permutation: of few methods the usual p value is far too small.
+    found = pearsonr(*ranks, method=PermutationMethod(random_state=0))
+    return f"Spearman's rank correlation {found.statistic:z.2f} (n = {len(shown)} methods, p = {found.pvalue:.3f})"
 
 
 def _routing(grid: Grid) -> Iterator[Exhibit]:
     rows = grid.tables["routing"]
     panels = [
-        Panel(title, "training step", ylabel, lines)
-        for column, title, ylabel, scale in (
-            ("imbalance", "load imbalance", "largest / mean - 1", 1),
-            ("unused", "unused experts", "experts without a token", 1),
-            ("perplexity", "code perplexity", "codes in use (perplexity)", 1),
-            ("fluctuation", "fluctuation", "assignments changed, %", 100),
+        Panel(title, "training step", ylabel, lines, bottom=bottom)
+        for column, title, ylabel, scale, bottom in (
+            ("imbalance", "load imbalance", "largest / mean - 1", 1, 0),
+            ("unused", "unused experts", "experts without a token", 1, 0),
+            ("perplexity", "code perplexity", "codes in use (perplexity)", 1, 1),
+            ("fluctuation", "fluctuation", "assignments changed, %", 100, 0),
         )
         if (lines := _over(grid, rows, "step", column, scale))
     ]
@@ -205,10 +223,10 @@ def _layers(grid: Grid) -> Iterator[Exhibit]:
     panels = [
         Panel(title, "layer", ylabel, lines)
         for column, title, ylabel, scale in (
-            ("consistency", "routing consistency", "experts unchanged by noise, %", 100),
-            ("output_cosine", "outputs of experts alike", "mean pairwise cosine", 1),
-            ("cka", "representations of experts alike", "linear CKA", 1),
-            ("effective_rank", "rank of states", "effective rank", 1),
+            ("consistency", "consistency: steadier is higher", "experts unchanged by noise, %", 100),
+            ("output_cosine", "outputs; 1: all experts answer alike", "mean pairwise cosine", 1),
+            ("cka", "representations; 1: all experts alike", "linear CKA", 1),
+            ("effective_rank", "rank of states: collapsed is lower", "effective rank", 1),
         )
         if (lines := _over(grid, rows, "layer", column, scale))
     ]
@@ -232,44 +250,47 @@ def _load(grid: Grid, model: str) -> Iterator[Exhibit]:
         shares = {name: share for name, share in shares.items() if share.shape[1] > 1}
         if shares:
             title = f"{_name(model)}: load of {what}s"
-            caption = f"Share of clean test text that each {what} of each layer gets, seed {grid.seeds[0]}. Even is better."
-            yield Exhibit(f"{what}-load-{model}", title, caption, plots.share_maps(shares, what), rows)
+            even = " or ".join(f"{100 / count:.3g} %" for count in sorted({share.shape[1] for share in shares.values()}))
+            caption = (
+                f"Share of clean test text that each {what} of each layer gets, seed {grid.seeds[0]}; bright is much. An even "
+                f"share would be {even} (white line in the colour bar)."
+            )
+            yield Exhibit(f"{what}-load-{model}", title, caption, plots.share_maps(shares, what, title), rows)
 
 
 def _accuracy(grid: Grid) -> Exhibit:
-    rows, language, panels = [], {}, []
+    rows, panels = [], []
 
-    def mflops(method: str, mode: str) -> float:
-        return grid.compute[method]["flops_per_token"][mode] / 1e6
+    def point(method: str, model: str, mode: str, measure: str, hollow: bool) -> Point:
+        sample = grid.sample(method, model, "test", "score", mode)
+        estimate, x = grid.interval(sample), grid.compute[method]["flops_per_token"][mode] / 1e6
 
-    def add(stage: str, task: str | None, method: str, mode: str, what: str, key: str, scale: float, hollow: bool) -> list[Point]:
-        values_S = metric(grid.results[stage, task][method], "test", key)
-        if values_S is None:
-            return []
-        values_S, x = scale * values_S, mflops(method, mode)
+        def score(value: float) -> float:
+            return 2**value if model == LANGUAGE and grid.unit == "perplexity" else _scale(model) * value
+
+        low, high = score(estimate.low), score(estimate.high)
+        runs = _runs(grid, method, model, *(("pretrain", None) if model == LANGUAGE else ("finetune", model)))
         rows.extend(
-            {"method": method, "seed": seed, "run_id": run, "measure": what, "mode": mode, "mflops": x, "score": score}
-            for seed, run, score in zip(grid.seeds, grid.runs[stage, task][method], values_S, strict=True)
+            run | {"mode": mode, "measure": measure, "mflops": x, "score": score(one), "low": low, "high": high}
+            for run, one in zip(runs, sample.values_SU.mean(1).tolist(), strict=True)
         )
-        several = len(values_S) > 1
-        ends = (float(values_S.min()), float(values_S.max())) if several else (None, None)
-        return [Point(x, float(values_S.mean()), *ends, hollow)]
+        return Point(x, score(estimate.value), low, high, hollow)
 
-    unit = grid.unit
-    for method in grid.methods:
-        train, infer = grid.modes(method)
-        language[method] = add("pretrain", None, method, train, f"test {unit}", unit, 1, train != infer)
-        if train != infer:
-            language[method] += add("pretrain", None, method, infer, f"test {unit}", f"{unit}_{infer}", 1, False)
-    panels.append(Panel("Language model", "MFLOPs per token", f"test {NAMES[unit]}", language))
-    for task in grid.tasks:
-        tuned = {m: add("finetune", task, m, grid.modes(m)[1], f"{task} accuracy", "accuracy", 100, False) for m in grid.methods}
-        panels.append(Panel(task, "MFLOPs per token", "test accuracy, %", tuned))
+    for model in grid.models:
+        measure = f"test {NAMES[grid.unit]}" if model == LANGUAGE else "test accuracy, %"
+        shown = {}
+        for method in grid.methods:
+            train, infer = grid.modes(method)
+            modes = (train, infer) if model == LANGUAGE and train != infer else (infer,)
+            shown[method] = [point(method, model, mode, measure, mode != infer) for mode in modes]
+        panels.append(Panel(_name(model), "MFLOPs per token", measure, shown))
     caption = (
-        "Score against the FLOPs of a forward pass. Filled: mode of inference; hollow: mode of pre-training, where it is another "
-        f"({NAMES[unit]}: lower is better). Bars, with several seeds: from the lowest to the highest."
+        f"Score of the whole test split against the FLOPs of a forward pass. {NAMES[grid.unit].capitalize()}: lower is better; "
+        "accuracy: higher is better. Bars: 95 % bootstrap intervals over seeds and test texts; methods are drawn a little apart, "
+        "so that those of the same FLOPs do not hide each other."
     )
-    return Exhibit("accuracy-compute", "Score against compute", caption, plots.points(panels, "Score against compute"), rows)
+    figure = plots.points(panels, "Score against compute", apart=3)
+    return Exhibit("accuracy-compute", "Score against compute", caption, figure, rows)
 
 
 def _saving(grid: Grid) -> Iterator[Exhibit]:
@@ -279,27 +300,23 @@ def _saving(grid: Grid) -> Iterator[Exhibit]:
         if infer != "discrete":
             continue
         against = [(method, train), *((other, grid.modes(other)[1]) for other in grid.methods if other != method)]
+        names = [f"{other}, {mode}" for other, mode in against]
         for phase, text in (("finetune", "fine-tuning"), ("infer", "inference")):
             flops = [100 * flops_saving(grid.compute, (method, infer), other, phase) for other in against]
-            timed = [time_saving(grid.compute, (method, infer), other, phase) for other in against]
-            times = [(100 * t.value, 100 * t.low, 100 * t.high) if t else None for t in timed]
-            names = [f"{other}, {mode}" for other, mode in against]
-            panels.append(Bars(f"{method}: {text}", flops, times, names))
-            rows += [
-                {"method": method, "run_id": grid.compute_runs[method], "mode": infer, "phase": phase}
-                | {"against": name, "flops_saved": saved}
-                | dict(zip(("time_saved", "low", "high"), time or (None,) * 3, strict=True))
-                for name, saved, time in zip(names, flops, times, strict=True)
-            ]
+            time = time_saving(grid.compute, method, phase)
+            ends = (100 * time.value, 100 * time.low, 100 * time.high) if time else None
+            panels.append(Bars(f"{method}: {text}", names, flops, ends))
+            own = {"method": method, "run_id": grid.compute_runs[method], "mode": infer, "phase": phase}
+            rows += [own | {"against": name, "flops_saved": saved} for name, saved in zip(names, flops, strict=True)]
+            rows[-len(names)] |= dict(zip(("time_saved", "low", "high"), ends or (), strict=False))
     if panels:
         title = "Saved by the discrete path alone"
         caption = (
-            "FLOPs (counted; of fine-tuning forward and backward) and time per token (measured on one machine, with 95 % "
-            "intervals; it differs from run to run) that the discrete path saves against both paths and against the other "
-            "methods as they are at inference."
+            "FLOPs per token (counted; of fine-tuning forward and backward) that the discrete path saves against both paths and "
+            "against the other methods as they are at inference; and time per token that it saves against both paths (measured "
+            "side by side on one machine, with 95 % intervals; it differs from run to run)."
         )
-        figure = plots.saving_bars(panels, title, "FLOPs", "time", 100 * CLAIMED)
-        yield Exhibit("saving", title, caption, figure, rows)
+        yield Exhibit("saving", title, caption, plots.saving_bars(panels, title, 100 * CLAIMED), rows)
 
 
 def _confusion(grid: Grid, task: str) -> Iterator[Exhibit]:
@@ -335,32 +352,47 @@ def _over(grid: Grid, rows: Sequence[Row], x: str, column: str, scale: float = 1
     return lines
 
 
-def _line(grid: Grid, rates: Sequence[float], samples: Sequence[Sample], model: str) -> Curve:
+def _severities(grid: Grid, model: str) -> dict[str, list[float]]:
+    """The rates of each kind of noise, the same of all methods."""
+    conditions = grid.conditions(grid.methods[0], model, "noise")
+    return {kind: [rate for other, rate in conditions if other == kind] for kind, _ in conditions}
+
+
+def _curve(
+    grid: Grid, method: str, model: str, kind: str, rates: Sequence[float], samples: Sequence[Sample], what: str
+) -> tuple[Curve, list[dict[str, Any]]]:
+    """Mean with its interval against severity in percent; and rows: each seed's mean, as shares or bits."""
     found = [grid.interval(sample) for sample in samples]
-    scale = 1 if model == LANGUAGE else 100
-    value, low, high = (scale * np.array([getattr(one, end) for one in found]) for end in ("value", "low", "high"))
-    return Curve([100 * rate for rate in rates], value, low, high)
+    value, low, high = (_scale(model) * np.array([getattr(one, end) for one in found]) for end in ("value", "low", "high"))
+    rows = [
+        run
+        | {"mode": grid.modes(method)[1], "kind": kind, "rate": rate, what: float(values_U.mean())}
+        | {"mean": one.value, "low": one.low, "high": one.high}
+        for rate, sample, one in zip(rates, samples, found, strict=True)
+        for run, values_U in zip(_runs(grid, method, model), sample.values_SU, strict=True)
+    ]
+    return Curve([100 * rate for rate in rates], value, low, high), rows
 
 
-def _curve_rows(
-    grid: Grid, method: str, model: str, kind: str, rates: Sequence[float], samples: Sequence[Sample]
-) -> list[dict[str, Any]]:
-    """Each seed's score at each rate, as shares or bits, with the interval over all seeds."""
-    runs = grid.runs["robustness", None][method]
-    rows = []
-    for rate, sample in zip(rates, samples, strict=True):
-        one = grid.interval(sample)
-        rows += [
-            {"method": method, "seed": seed, "run_id": run, "model": model, "mode": grid.modes(method)[1], "kind": kind}
-            | {"rate": rate, "score": float(values_U.mean()), "mean": one.value, "low": one.low, "high": one.high}
-            for seed, run, values_U in zip(grid.seeds, runs, sample.values_SU, strict=True)
-        ]
-    return rows
+def _runs(grid: Grid, method: str, model: str, stage: str = "robustness", task: str | None = None) -> list[dict[str, Any]]:
+    """What the row of each seed begins with; the run is that of a stage."""
+    runs = zip(grid.seeds, grid.runs[stage, task][method], strict=True)
+    return [{"method": method, "seed": seed, "run_id": run, "model": model} for seed, run in runs]
+
+
+def _changed(grid: Grid, model: str, kind: str) -> str:
+    """What a severity is a share of: tokens of a language model whose tokens are no characters."""
+    tokens = model == LANGUAGE and grid.unit == "perplexity"
+    return f"{'tokens' if tokens else 'words' if kind == 'word' else 'characters'} changed, %"
 
 
 def _name(model: str) -> str:
     return "Language model" if model == LANGUAGE else model
 
 
-def _unit(model: str) -> str:
-    return "bits per token" if model == LANGUAGE else "accuracy, %"
+def _scale(model: str) -> int:
+    return 1 if model == LANGUAGE else 100
+
+
+def _lost(model: str) -> str:
+    return "bits per token lost" if model == LANGUAGE else "accuracy points lost"

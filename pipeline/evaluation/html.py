@@ -1,6 +1,7 @@
 """The report as one page that needs nothing beside itself: no network, no scripts, pictures and data inside."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,8 @@ def page(data: Any, grid: Grid, tables: Mapping[str, Table], csvs: Mapping[str, 
         keep_trailing_newline=True,
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    # A number may break before its interval or its label, nowhere else.
+    environment.filters["parts"] = lambda cell: re.split(r" (?=[\[(])", cell)
     first = grid.methods[0]
     return environment.get_template("report.html").render(
         data=data,

@@ -47,21 +47,20 @@ def measures(grid: Grid) -> list[Measure]:
 def timings(grid: Grid) -> list[Measure]:
     """Speed and memory, as measured once per method: medians with their 95 % intervals over repeats."""
     found = []
-    for phase, name in (("train", "pre-training"), ("finetune", "fine-tuning"), ("infer", "inference")):
-        for place, text in enumerate((name, f"- {name} in the mode of {'inference' if phase == 'train' else 'pre-training'}")):
-            modes = {method: grid.modes(method)[place if phase == "train" else 1 - place] for method in grid.methods}
-            timed = {
-                method: grid.compute[method].get(phase, {}).get(mode)
-                for method, mode in modes.items()
-                if place == 0 or len(set(grid.modes(method))) > 1
-            }
-            speed = {m: Estimate(t["tokens_per_second"], t["low"], t["high"]) if t else None for m, t in timed.items()}
-            memory = {m: Spread(t["peak_memory_mib"], None) if t else None for m, t in timed.items()}
+    for phase, name in (("train", "training"), ("finetune", "fine-tuning"), ("infer", "inference")):
+        for place, of in enumerate(("pre-training", "inference")):
+            # A method of one mode has its numbers where the phase belongs.
+            own = place == (0 if phase == "train" else 1)
+            modes = {m: grid.modes(m)[place] for m in grid.methods if own or len(set(grid.modes(m))) > 1}
+            timed = {m: one for m, mode in modes.items() if (one := grid.compute[m].get(phase, {}).get(mode))}
+            speed = {m: Estimate(one["tokens_per_second"], one["low"], one["high"]) for m, one in timed.items()}
+            memory = {m: Spread(one["peak_memory_mib"], None) for m, one in timed.items()}
+            text = f"{name} in the mode of {of}"
             found += [
-                Measure(f"{text}, thousand tokens per second", speed, 2, 1e-3),
+                Measure(f"{text}, thousand tokens per second", speed, 2, 1e-3, "median of repeats"),
                 Measure(f"{text}, peak memory MiB", memory, 0),
             ]
-    return [row for row in found if any(value is not None for value in row.values.values())]
+    return [row for row in found if row.values]
 
 
 def _language(grid: Grid) -> list[Measure]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -34,19 +35,32 @@ class Table(NamedTuple):
         return any(row[column] for row in self.rows) and all(_NUMERIC.fullmatch(row[column]) for row in self.rows)
 
     def show(self) -> None:
-        """Print on the terminal; where the output is no terminal, wide enough that nothing is cut."""
+        """Print with every cell whole: on a terminal in as many parts as its width takes, each with the first column."""
         console = Console()
+        cells = [[head, *(row[column] for row in self.rows)] for column, head in enumerate(self.heads)]
+        numeric = [self.numeric(column) for column in range(len(self.heads))]
+        # What is said of a number in parentheses goes below it.
+        cells = [[cell.replace(" (", "\n(") if n else cell for cell in own] for own, n in zip(cells, numeric, strict=True)]
+        # With its two spaces and a border.
+        widths = [3 + max(cell_len(line) for cell in own for line in cell.split("\n")) for own in cells]
         if not console.is_terminal:
-            console = Console(width=max(160, 40 + 26 * len(self.heads)))
-        table = RichTable(title=Text(self.title, "italic"), title_justify="left")
-        for column, head in enumerate(self.heads):
-            # On a narrow terminal numbers stay whole, words give way.
-            numeric = self.numeric(column)
-            table.add_column(Text(head), justify="right" if numeric else "left", no_wrap=numeric)
-        for row in self.rows:
-            # As Text: rich would take [words] in brackets for markup.
-            table.add_row(*map(Text, row))
-        console.print(table)
+            console = Console(width=1 + sum(widths))
+        # On a terminal words give way, but not too far; numbers stay whole.
+        least = [width if n else min(width, 27) for width, n in zip(widths, numeric, strict=True)]
+        parts: list[list[int]] = []
+        for column in range(1, len(cells)):
+            if not parts or 1 + least[0] + sum(least[one] for one in (*parts[-1], column)) > console.width:
+                parts.append([])
+            parts[-1].append(column)
+        for place, part in enumerate(parts):
+            table = RichTable(title=None if place else Text(self.title, "italic"), title_justify="left")
+            for column in (0, *part):
+                right, fits = "right" if numeric[column] else "left", 1 + least[0] + least[column] <= console.width
+                table.add_column(Text(self.heads[column]), justify=right, no_wrap=numeric[column] and fits, overflow="fold")
+            for row in range(1, len(cells[0])):
+                # As Text: rich would take [words] in brackets for markup.
+                table.add_row(*(Text(cells[column][row]) for column in (0, *part)))
+            console.print(table)
 
 
 def value_text(value: Estimate | Spread | None, digits: int, scale: float = 1.0) -> str:
@@ -63,7 +77,7 @@ def value_text(value: Estimate | Spread | None, digits: int, scale: float = 1.0)
 
 
 def comparison(title: str, methods: Sequence[str], measures: Sequence[Measure]) -> Table:
-    """One row per measure and one column per method; the last column says what a score has to be compared with."""
+    """One row per measure and one column per method; the last column has notes, such as what to compare a score with."""
     rows = []
     for measure in measures:
         cells = []
@@ -71,11 +85,12 @@ def comparison(title: str, methods: Sequence[str], measures: Sequence[Measure]) 
             text = value_text(measure.values.get(method), measure.digits, measure.scale)
             cells.append(f"{text} ({measure.labels[method]})" if text and method in measure.labels else text)
         rows.append((measure.name, *cells, measure.note))
-    return Table(title, ("measure", *methods, "to compare with"), rows)
+    return Table(title, ("measure", *methods, "note"), rows)
 
 
 def claim_table(claims: Sequence[Claim]) -> Table:
-    return Table("Claims of the paper", ("claim", "measured", "95 % interval", "verdict", "note"), [tuple(c) for c in claims])
+    rows = [(one.claim, one.verdict, one.measured, one.interval, one.note) for one in claims]
+    return Table("Claims of the paper", ("claim", "verdict", "measured", "95 % interval", "note"), rows)
 
 
 def pair_table(title: str, pairs: Sequence[Pair], seeds: int) -> Table:
@@ -121,6 +136,7 @@ def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         {"measure": pair.measure, "first": pair.first, "second": pair.second}
         | {key: pair.scale * getattr(pair.estimate, key) for key in ("value", "low", "high")}
         | {"p": pair.estimate.p, "p_holm": pair.p_holm}
+        | dict(zip(("gain", "gain_low", "gain_high"), pair.gain or (None,) * 3, strict=False))
         for pair in pairs
     ]
 

@@ -36,9 +36,9 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def made(grid, claims=(("28 % <more>", "1 %", "", "not supported", ""),)):
+def made(grid, claims=(("28 % <more>", "not supported", "1 %", "[0.5, 1.5]", ""),)):
     tables = {name: Table(name, ("measure", "value"), [("a", "1.0"), ("- b", "2.0")]) for name in NAMES}
-    tables["claims"] = Table("claims", ("claim", "measured", "95 % interval", "verdict", "note"), claims)
+    tables["claims"] = Table("claims", ("claim", "verdict", "measured", "95 % interval", "note"), claims)
     return page(DATA, grid, tables, {name: name.encode() for name in (*NAMES, "gains")}, SHOWN)
 
 
@@ -68,6 +68,18 @@ def test_figures_have_their_data_their_runs_and_words_for_who_cannot_see_them(fo
     assert data.keys() == {"one.csv", *(f"{name}.csv" for name in (*NAMES, "gains"))}
     assert base64.b64decode(data["one.csv"].partition("base64,")[2]) == b"a,b\n1,2\n"
     assert "run1 run2" in found.text
+
+
+def test_a_heading_is_said_once_and_a_verdict_is_marked(found):
+    assert not found.all("caption")
+    assert [attrs["aria-label"] for attrs in found.all("div")] == list(NAMES)
+    assert {"class": "not-supported"} in found.all("td")
+
+
+def test_a_number_breaks_before_its_interval_only(grid):
+    cell = '<td class="number"><span>1.0</span> <span>[0.9, 1.1]</span> <span>(swap 2 %)</span> </td>'
+    claims = (("a", "supported", "1.0 [0.9, 1.1] (swap 2 %)", "", ""),)
+    assert cell in made(grid, claims)
 
 
 def test_what_a_user_wrote_is_text(found):

@@ -5,6 +5,7 @@ import numpy as np
 from pipeline.evaluation.plots import (
     Bars,
     Curve,
+    Map,
     Panel,
     Point,
     confusion_maps,
@@ -55,45 +56,75 @@ def test_panels_of_other_measures_have_labels_and_scales_of_their_own():
 
 def test_points_have_their_bars_and_a_hollow_one_is_joined_to_the_full():
     shown = {"vqmoe": [Point(1.6, 2.0, 1.5, 2.25, hollow=True), Point(1.2, 3.0)], "smoe": [Point(1.5, 1.0)]}
-    (axes,) = visible(points([Panel("", "MFLOPs", "bits", shown)], "Compute"))
-    joined, hollow, full = axes.lines[0], *(line for line in axes.lines if line.get_marker() == "o")
+    figure = points([Panel("", "MFLOPs", "bits", shown)], "Compute")
+    (axes,) = visible(figure)
+    joined, hollow, full = axes.lines[0], *(line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata()))
     assert joined.get_xdata().tolist() == [1.6, 1.2]
     assert (hollow.get_markerfacecolor(), full.get_markerfacecolor()) == ("white", styles(["vqmoe"])["vqmoe"]["color"])
     assert np.allclose(axes.collections[0].get_segments()[0], [[1.6, 1.5], [1.6, 2.25]])
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert legend == {"vqmoe", "smoe", "mode of inference", "mode of pre-training"}
+
+
+def test_points_of_the_same_place_are_drawn_apart():
+    shown = {"vqmoe": [Point(1.5, 2.0)], "smoe": [Point(1.5, 2.0)]}
+    figure = points([Panel("", "MFLOPs", "bits", shown)], "Compute", apart=4)
+    (axes,) = visible(figure)
+    figure.canvas.draw()
+    first, second = (line.get_transform().transform(line.get_xydata()[0]) for line in axes.lines if line.get_marker() in "oD")
+    assert np.allclose(second - first, [4 * figure.dpi / 72, 0])
+    assert axes.get_ylim()[0] < 2 < axes.get_ylim()[1]
+
+
+def test_an_axis_begins_where_it_is_told_or_below():
+    values = {"a": [3, 5], "b": [-1, 5], "c": [0, 0]}
+    figure = curves([Panel(name, "step", name, {"smoe": Curve([1, 2], y)}, bottom=0) for name, y in values.items()], "")
+    first, second, third = visible(figure)
+    assert first.get_ylim()[0] == 0 and first.get_ylim()[1] > 5
+    assert second.get_ylim()[0] < -1
+    assert third.get_ylim() == (0, 1)
+
+
+def test_ticks_are_places_that_were_measured_and_not_many():
+    (axes,) = visible(curves([Panel("", "step", "a", {"smoe": Curve(range(100, 2001, 100), [1] * 20)})], ""))
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["100", "400", "700", "1000", "1300", "1600", "1900"]
 
 
 def test_a_heat_map_has_a_number_in_every_cell_that_has_one(tmp_path):
     values = np.array([[0.25, math.nan], [-0.001, 0.5]])
-    maps = {
-        "Language model": (("a", "b"), ("swap", "raw"), values, "bits"),
-        "era": (("a",), ("swap",), np.array([[25.0]]), "points"),
-    }
+    maps = [
+        [Map("noise", ("a", "b"), ("swap", "raw"), values, "bits", 2), Map("shift", ("a", "b"), (), np.zeros((2, 0)), "bits", 2)],
+        [Map("era", ("a",), ("swap",), np.array([[25.0]]), "points", 1), Map("more", ("a",), ("x",), np.array([[0.0]]), "", 1)],
+    ]
     figure = heat_maps(maps, "Lost")
-    first, second = visible(figure)
+    first, second, third = visible(figure)
     assert [text.get_text() for text in first.texts] == ["0.25", "0.00", "0.50"]
     assert [text.get_text() for text in second.texts] == ["25.0"]
     # Dark on bright cells, bright on dark ones.
-    assert [text.get_color() for text in first.texts] == ["white", "white", "black"]
-    assert [axes.get_ylabel() for axes in figure.axes if axes not in (first, second)] == ["bits", "points"]
+    assert [text.get_color() for text in first.texts] == ["black", "white", "black"]
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"] == ["bits", "points", ""]
+    # No loss at all: not a scale finer than the numbers.
+    assert third.images[0].get_clim() == (0, 0.01)
     save(figure, tmp_path / "figure.png", 60)
 
 
-def test_a_heat_map_of_no_loss_at_all_can_be_drawn(tmp_path):
-    save(heat_maps({"era": (("a",), ("swap",), np.array([[0.0]]), "points")}, "Lost"), tmp_path / "figure.png", 60)
-
-
-def test_savings_are_bars_with_their_intervals_and_what_was_not_timed_has_none():
-    panel = Bars("vqmoe", [25, 20], [(31, 29, 34), None], ["both", "smoe"])
-    (axes,) = visible(saving_bars([panel], "Saved", "FLOPs", "time", 28))
+def test_savings_are_bars_and_the_time_has_its_interval():
+    (axes,) = visible(saving_bars([Bars("vqmoe", ["both", "smoe"], [25, 20], (31, 29, 34))], "Saved", 28))
     assert [bar.get_width() for bar in axes.patches] == [25, 20, 31]
     (interval,) = axes.collections
     assert interval.get_segments()[0][:, 0].tolist() == [29, 34]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["both", "smoe"]
+    (axes,) = visible(saving_bars([Bars("vqmoe", ["both"], [25], None)], "Saved", 28))
+    assert [bar.get_width() for bar in axes.patches] == [25]
 
 
 def test_a_share_map_says_its_shares_and_a_dollar_is_a_dollar(tmp_path):
-    figure = share_maps({"a $x$ and $": np.array([[0.25, 0.75]]), "b": np.array([[1, 0]]), "c": np.array([[0.5, 0.5]])}, "expert")
+    figure = share_maps(
+        {"a $x$ and $": np.array([[0.25, 0.75]]), "b": np.array([[1, 0]]), "c": np.array([[0.5, 0.5]])}, "expert", "Load"
+    )
     panels = [axes for axes in figure.axes if axes.images and axes.get_visible()]
+    (bar,) = (axes for axes in figure.axes if axes.get_label() == "<colorbar>")
+    assert [50, 50] in [list(line.get_ydata()) for line in bar.lines]
     assert [[text.get_text() for text in axes.texts] for axes in panels] == [["25", "75"], ["100", "0"], ["50", "50"]]
     save(figure, tmp_path / "figure.png", 60)
     assert (tmp_path / "figure.png").stat().st_size > 1000
@@ -110,6 +141,11 @@ def test_a_confusion_map_shows_shares_of_the_true_label(tmp_path):
     assert [text.get_text() for text in first.texts] == ["75", "25", "0", "0"]
     assert [text.get_text() for text in first.get_yticklabels()] == ["no", "yes"]
     save(figure, tmp_path / "figure.png", 60)
+
+
+def test_nine_confusion_maps_are_three_in_a_row():
+    figure = confusion_maps({str(i): np.eye(2) for i in range(9)}, ("no", "yes"), "Classifier")
+    assert figure.axes[0].get_gridspec().get_geometry() == (3, 3)
 
 
 def test_many_classes_are_named_but_not_numbered():

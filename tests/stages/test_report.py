@@ -47,7 +47,7 @@ def test_the_report_is_a_page_a_text_figures_and_the_data_of_each(made):
 
 def test_the_text_has_claims_the_main_table_and_pairs_with_the_first_method(made):
     assert "| 28 % more robust than smoe: language model under noise |" in made.text
-    assert "| measure | vqmoe | smoe | dense | to compare with |" in made.text
+    assert "| measure | vqmoe | smoe | dense | note |" in made.text
     assert "| vqmoe - smoe |" in made.text and "| vqmoe - dense |" in made.text
     assert "| smoe - dense |" not in made.text
     assert "smoe - dense" in (made.root / "report/index.html").read_text()
