@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.corruption import Alphabet, corrupt, rng_for
@@ -78,10 +79,14 @@ def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode:
     """Nats (S, T) of each symbol's true successor in the clean segments (S, T + 1), given the (noisy) past; NaN elsewhere.
 
     Each noisy symbol is scored on the symbol that follows its own clean position. So an inserted symbol is not scored, and
-    neither is the successor of a deleted one, which nothing is left to predict; of swapped symbols each keeps its successor.
+    neither is the successor of a deleted one, which nothing is left to predict. Nor are two swapped symbols: what follows the
+    second in the clean text is the first, which has been read, and what follows the first is not what comes next.
     """
     clean_ST1 = torch.from_numpy(segments.astype(np.int64))
-    target_ST = clean_ST1.gather(1, given.source_ST.clamp(min=0) + 1).masked_fill(given.source_ST < 0, -1)
+    source_ST = given.source_ST
+    followed_ST = F.pad(source_ST[:, 1:], (0, 1), value=-1)
+    swapped_ST = (source_ST < source_ST.cummax(1).values) | ((followed_ST >= 0) & (followed_ST < source_ST))
+    target_ST = clean_ST1.gather(1, source_ST.clamp(min=0) + 1).masked_fill((source_ST < 0) | swapped_ST, -1)
     scores, index = [], []
     for rows in torch.arange(len(segments)).split(BATCH):
         hidden = model(given.tokens_ST[rows], mode)
