@@ -145,7 +145,7 @@ def _accurate(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
 def _consistent(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
     names, found = [], []
     for model in grid.models:
-        ours, *theirs = (grid.by_seed(grid.scores(m, model, "noise"), m, "consistency") for m in (CLAIMANT, *rivals))
+        ours, *theirs = (grid.by_seed(grid.scores(m, model, "noise"), m, "kappa") for m in (CLAIMANT, *rivals))
         theirs = [values for values in theirs if values is not None]
         if ours is not None and theirs:
             names.append(f"routing more consistent under noise than the mean of the other routing methods: {_model(model)}")

@@ -115,22 +115,23 @@ def classifier_trace(model: Classifier, given: Texts, mode: Mode, watch: Watch |
 class Effect(NamedTuple):
     """What a condition did, text by text, float64: the score (S,), and what it cost (S,), positive where it hurts.
 
-    Where noisy positions have clean ones, also the share of assignments that stayed, per layer. Of a classifier the expected
-    calibration error and the share of predictions that changed.
+    Where noisy positions have clean ones, also the share of assignments that stayed, per layer, and the same corrected for
+    chance. Of a classifier the expected calibration error and the share of predictions that changed.
     """
 
     score_S: np.ndarray
     lost_S: np.ndarray
     consistency: list[float] | None = None
+    kappa: list[float | None] | None = None
     ece: float | None = None
     flips: float | None = None
 
 
-def language_effect(clean: Trace, noisy: Trace, source_ST: Tensor, aligned: bool) -> Effect:
+def language_effect(clean: Trace, noisy: Trace, source_ST: Tensor, experts: int) -> Effect:
     """Bits per token of each segment, and how many more than at the clean positions of the same symbols."""
     before_ST = clean.scores.gather(1, source_ST.clamp(min=0))
     score_S, lost_S = (_mean_bits(nats_ST) for nats_ST in (noisy.scores, noisy.scores - before_ST))
-    return Effect(score_S, lost_S, consistency(clean, noisy, source_ST) if aligned else None)
+    return Effect(score_S, lost_S, *_steadiness(clean, noisy, source_ST, experts))
 
 
 def shift_effect(clean: Trace, shifted: Trace) -> Effect:
@@ -139,7 +140,7 @@ def shift_effect(clean: Trace, shifted: Trace) -> Effect:
     return Effect(score_S, score_S - _mean_bits(clean.scores).mean())
 
 
-def classifier_effect(clean: Trace, noisy: Trace, labels_S: Tensor, source_ST: Tensor, aligned: bool) -> Effect:
+def classifier_effect(clean: Trace, noisy: Trace, labels_S: Tensor, source_ST: Tensor, experts: int) -> Effect:
     """1 for a right label and 0 for a wrong one, and the difference to what the clean passage got."""
     for trace in (clean, noisy):
         if not trace.scores.isfinite().all():
@@ -149,19 +150,25 @@ def classifier_effect(clean: Trace, noisy: Trace, labels_S: Tensor, source_ST: T
     return Effect(
         right_S,
         before_S - right_S,
-        consistency(clean, noisy, source_ST) if aligned else None,
+        *_steadiness(clean, noisy, source_ST, experts),
         expected_calibration_error(confidence_S, right_S),
         (noisy.scores.argmax(1) != clean.scores.argmax(1)).double().mean().item(),
     )
 
 
-def consistency(clean: Trace, noisy: Trace, source_ST: Tensor) -> list[float]:
-    """Share of assignments that noise leaves as they were, over symbols that survive it, per layer."""
+def _steadiness(
+    clean: Trace, noisy: Trace, source_ST: Tensor, experts: int
+) -> tuple[list[float] | None, list[float | None] | None]:
+    """Per layer the share of assignments that noise leaves as they were, over symbols that survive it, and its kappa.
+
+    Nothing where `experts` is 1 (or 0, for texts that are not aligned).
+    """
+    if experts < 2:
+        return None, None
     row, column = torch.nonzero(source_ST >= 0, as_tuple=True)
     origin = source_ST[row, column]
-    return [
-        stats.consistency(before[row, origin], after[row, column]) for before, after in zip(clean.index, noisy.index, strict=True)
-    ]
+    pairs = [(before[row, origin], after[row, column]) for before, after in zip(clean.index, noisy.index, strict=True)]
+    return [stats.consistency(*pair) for pair in pairs], [stats.kappa(*pair, experts) for pair in pairs]
 
 
 def _mean_bits(nats_ST: Tensor) -> np.ndarray:
