@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import (
     AfterValidator,
@@ -38,17 +38,18 @@ Name = Annotated[str, Field(min_length=1)]
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
-# What results call the language model, text without noise and the raw view.
-RESERVED = {"language", "clean", "raw"}
 
 # torch's grouped matrix product asks for rows of whole 16 bytes, which are 8 numbers of the smaller types.
 GROUPED = 8
 
 Corruption = Literal["swap", "delete", "insert", "replace", "keyboard", "word", "case", "whitespace"]
 
+# What results call the language model, conditions and families of them.
+RESERVED = {"language", "clean", "noise", "attack", "shift", "greedy", "raw", *get_args(Corruption)}
 
-# Noise that tokens other than single characters, or these 27 symbols, cannot have.
-_LETTERS_NEEDED = {name: ("keyboard", "case", "whitespace") for name in ("words", "bpe")} | {"characters": ("case",)}
+
+# Noise that tokens other than single characters cannot have.
+_OF_CHARACTERS = ("keyboard", "case", "whitespace")
 
 
 def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -242,8 +243,12 @@ class Params(Section):
         if self.finetune.crop > self.model.context:
             raise ValueError(f"finetune.crop is {self.finetune.crop}: at most model.context ({self.model.context})")
         for kind in self.robustness.kinds:
-            if kind in _LETTERS_NEEDED.get(self.data.tokenizer, ()):
+            if self.data.tokenizer in ("words", "bpe") and kind in _OF_CHARACTERS:
                 raise ValueError(f"robustness.kinds has {kind}: impossible with data.tokenizer {self.data.tokenizer}; drop it")
+            if kind == "case" and self.data.view == "text27":
+                raise ValueError(
+                    "robustness.kinds has case: data.view text27 has no capitals, a model of it never met one; drop it"
+                )
         return self
 
     def method(self, name: str) -> Any:

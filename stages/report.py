@@ -94,7 +94,7 @@ def read(params: SimpleNamespace, paths: Paths) -> Grid:
             for row in _numbers(paths.output(stage, Cell(method, seed)) / file)
         ]
 
-    return Grid(
+    grid = Grid(
         methods=methods,
         seeds=seeds,
         tasks=tasks,
@@ -117,6 +117,8 @@ def read(params: SimpleNamespace, paths: Paths) -> Grid:
         units={method: [_units(paths, Cell(method, seed), tasks) for seed in seeds] for method in methods},
         resamples=params.report.resamples,
     )
+    grid.check()
+    return grid
 
 
 def _numbers(path: Path) -> list[dict[str, Any]]:
@@ -153,6 +155,8 @@ def _lines(path: Path) -> list[list[str]]:
             lines = list(csv.reader(handle))
     except FileNotFoundError:
         raise Failure(f"{path}: not found; run `dvc repro`") from None
+    except UnicodeDecodeError:
+        raise Failure(f"{path}: damaged, not UTF-8; run `dvc repro`") from None
     if not lines or len({len(line) for line in lines}) > 1:
         raise Failure(f"{path}: damaged, its lines are not all as long; run `dvc repro`")
     return lines
@@ -202,7 +206,7 @@ def _text(
         "",
         main.markdown(),
         "",
-        f"{f'{few}: intervals say nothing about training again. ' if few else ''}"
+        f"{f'{few}: intervals say nothing about another training run. ' if few else ''}"
         "Means over seeds with 95 % bootstrap intervals in brackets or +/- standard deviation. Bits per character or perplexity: "
         f"lower is better; compressors see the test split only{unknown}. Modes of pre-training and after it: {modes}. Lost to "
         "noise: mean over all kinds and severities, positive when noise hurts; experts unchanged: share of assignments that "

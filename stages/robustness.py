@@ -42,7 +42,7 @@ from stages.pretrain import language_model
 Row = dict[str, str | float | None]
 
 FAMILIES = ("clean", "noise", "attack", "shift")
-MEASURES = ("score", "degradation", "consistency", "ece", "flips")
+MEASURES = ("score", "degradation", "consistency", "kappa", "ece", "flips")
 
 
 class Record:
@@ -52,24 +52,27 @@ class Record:
         self.name: Row = {"model": model, "mode": mode}
         self.rows: list[Row] = []
         self.units: dict[str, np.ndarray] = {}
-        self._consistency: list[list[float]] = []
+        self._steady: dict[str, list[list[float | None]]] = {"consistency": [], "kappa": []}
 
     def add(self, family: str, kind: str, rate: float, effect: Effect) -> None:
         means = {"score": float(effect.score_S.mean()), "degradation": float(effect.lost_S.mean())}
-        same = None if effect.consistency is None else float(np.mean(effect.consistency))
-        more = {"consistency": same, "ece": effect.ece, "flips": effect.flips}
+        steady = {name: _mean(getattr(effect, name) or []) for name in self._steady}
+        more = steady | {"ece": effect.ece, "flips": effect.flips}
         self.rows.append(self.name | {"family": family, "kind": kind, "rate": rate} | means | more)
         key = f"{self.name['model']}/{self.name['mode']}/{kind}/{rate!r}"
         self.units |= {f"{key}/score": effect.score_S, f"{key}/lost": effect.lost_S}
-        if family == "noise" and effect.consistency is not None:
-            self._consistency.append(effect.consistency)
+        for name, conditions in self._steady.items():
+            if family == "noise" and getattr(effect, name) is not None:
+                conditions.append(getattr(effect, name))
 
     def layers(self, tally: RoutingTally, collapsed: list[dict[str, float]]) -> list[Row]:
         """Routing of each layer: consistency over all noise, load, margin and codebook on clean text, collapse of its experts."""
-        same = np.mean(self._consistency, 0).tolist() if self._consistency else [None] * len(collapsed)
         return [
-            self.name | row | {"consistency": value} | apart
-            for row, value, apart in zip(tally.rows(), same, collapsed, strict=True)
+            self.name
+            | row
+            | {name: _mean([found[layer] for found in conditions]) for name, conditions in self._steady.items()}
+            | apart
+            for layer, (row, apart) in enumerate(zip(tally.rows(), collapsed, strict=True))
         ]
 
     def load(self, tally: RoutingTally) -> list[Row]:
@@ -148,17 +151,17 @@ class Bench:
     def language(self, model: Transformer, mode: Mode, record: Record) -> tuple[RoutingTally, list[dict[str, float]]]:
         tokens, pad = self.tokenizer, self.tokenizer.pad
         clean_segments = segments(open_tokens(self.paths.data / "test.npy", tokens.size), self.context, self.settings.segments)
-        inputs, chooses = clean_segments[:, :-1], _chooses(model)
+        inputs, experts = clean_segments[:, :-1], model.moe_layers[0].experts.count
         tally = RoutingTally(model)
         given = texts(inputs, self.context, pad)
         clean = language_trace(model, given, clean_segments, mode, watch=tally)
-        record.add("clean", "clean", 0.0, language_effect(clean, clean, given.source_ST, chooses))
+        record.add("clean", "clean", 0.0, language_effect(clean, clean, given.source_ST, experts))
         # Where a token is no single character, a language model meets noise on tokens.
         units = self.characters if tokens.symbols is not None else Alphabet(np.arange(pad), tokens.encode("aaa")[:1], None)
         for noise in self._noises(units):
             given = texts(inputs, self.context, pad, noise)
             noisy = language_trace(model, given, clean_segments, mode)
-            record.add("noise", noise.kind, noise.rate, language_effect(clean, noisy, given.source_ST, chooses))
+            record.add("noise", noise.kind, noise.rate, language_effect(clean, noisy, given.source_ST, experts))
             self.progress.advance()
         some = _spaced(len(inputs), self.settings.attack_texts)
         target_ST = torch.from_numpy(clean_segments[some, 1:].astype(np.int64))
@@ -169,7 +172,7 @@ class Bench:
 
         for rate, given in self._attacked(loss, model, texts(inputs[some], self.context, pad)):
             noisy = language_trace(model, given, clean_segments[some], mode)
-            record.add("attack", "greedy", rate, language_effect(base, noisy, given.source_ST, chooses))
+            record.add("attack", "greedy", rate, language_effect(base, noisy, given.source_ST, experts))
         for file in sorted((self.paths.data / "shifts").iterdir()):
             if file.stem == "raw" or file.stem in self.params.data.shifts:
                 other = segments(open_tokens(file, tokens.size), self.context, self.settings.segments)
@@ -183,7 +186,8 @@ class Bench:
         encoded = encode_examples(passages, task.labels, self.tokenizer, view_name, self.context)
         labels_S = torch.as_tensor(encoded.labels)
         # Tokens made of noisy text have no clean ones to be compared with.
-        aligned = self.tokenizer.symbols is not None and _chooses(model.backbone)
+        experts = model.backbone.moe_layers[0].experts.count
+        aligned = experts if self.tokenizer.symbols is not None else 0
         tally = RoutingTally(model.backbone)
         plain = texts(encoded.ids, self.context, pad)
         clean = classifier_trace(model, plain, mode, watch=tally)
@@ -208,13 +212,12 @@ class Bench:
 
         for rate, given in self._attacked(loss, model.backbone, chosen):
             noisy = classifier_trace(model, given, mode)
-            same = _chooses(model.backbone)
-            record.add("attack", "greedy", rate, classifier_effect(base, noisy, labels_S[some], given.source_ST, same))
+            record.add("attack", "greedy", rate, classifier_effect(base, noisy, labels_S[some], given.source_ST, experts))
         if view_name == "text27" and self.tokenizer.kind == "bytes":
             raw = encode_examples(passages, task.labels, self.tokenizer, "bytes", self.context)
             given = texts(raw.ids, self.context, pad)
             shifted = classifier_trace(model, given, mode)
-            record.add("shift", "raw", 0.0, classifier_effect(clean, shifted, labels_S, given.source_ST, False))
+            record.add("shift", "raw", 0.0, classifier_effect(clean, shifted, labels_S, given.source_ST, 0))
         return tally, collapse(model.backbone, plain.tokens_ST, mode, plain.source_ST >= 0)
 
     def _noises(self, units: Alphabet) -> Iterable[Noise]:
@@ -251,9 +254,10 @@ class Bench:
         return encode_examples(examples, task.labels, self.tokenizer, "bytes", self.context).ids
 
 
-def _chooses(model: Transformer) -> bool:
-    """Whether a token can go to one expert or another."""
-    return model.moe_layers[0].experts.count > 1
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of the values there are."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _spaced(count: int, limit: int) -> np.ndarray:

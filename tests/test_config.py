@@ -80,6 +80,8 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("data.tasks={a/b: era}", ["data.tasks.a/b"]),
         ("data.tasks={language: era}", ["data.tasks: has the name 'language'", "choose another"]),
         ("data.shifts={raw: austen}", ["data.shifts: has the name 'raw'"]),
+        ("data.shifts={swap: austen}", ["data.shifts: has the name 'swap'"]),
+        ("robustness.kinds=[case]", ["robustness.kinds has case", "text27 has no capitals", "drop it"]),
         ("robustness.attack_rates=[0.05, 0.01]", ["robustness.attack_rates: must rise"]),
         ("robustness.kinds=[swop]", ["robustness.kinds.0 is 'swop'", "'swap', 'delete'"]),
         ("robustness.rates=[1.5]", ["robustness.rates.0 is 1.5", "less than or equal to 1"]),

@@ -45,32 +45,15 @@ def claims(grid: Grid) -> list[Claim]:
 
 def timed_claims(grid: Grid) -> list[Claim]:
     """The claim about compute in measured time of fine-tuning, which differs from run to run."""
-    if CLAIMANT not in grid.methods:
-        return []
-    found = []
-    for rival, mode in _compared(grid):
-        if saved := time_saving(grid.compute, (CLAIMANT, grid.modes(CLAIMANT)[1]), (rival, mode), "finetune"):
-            name = f"{100 * CLAIMED:g} % less time to fine-tune than {_other(rival, mode)}"
-            found.append(_claim(name, saved, CLAIMED, None, "time, measured"))
-    return found
+    saved = time_saving(grid.compute, CLAIMANT, "finetune") if CLAIMANT in grid.methods else None
+    name = f"{100 * CLAIMED:g} % less time to fine-tune than {_other(CLAIMANT, grid.modes(CLAIMANT)[0])}" if saved else ""
+    return [_claim(name, saved, CLAIMED, None, "time, measured")] if saved else []
 
 
-def time_saving(compute: Mapping[str, Any], one: tuple[str, str], other: tuple[str, str], phase: str) -> Estimate | None:
-    """Share of the time per token that one (method, mode) saves over another.
-
-    Two modes of a method were timed side by side; of two methods the interval has the extremes of both medians' intervals.
-    """
-    if one[0] == other[0]:
-        saved = compute[one[0]].get("saving", {}).get(phase)
-        return Estimate(saved["seconds"], saved["low"], saved["high"]) if saved else None
-    a, b = (compute[method].get(phase, {}).get(mode) for method, mode in (one, other))
-    if not a or not b:
-        return None
-    return Estimate(
-        1 - b["tokens_per_second"] / a["tokens_per_second"],
-        1 - b["high"] / a["low"],
-        1 - b["low"] / a["high"],
-    )
+def time_saving(compute: Mapping[str, Any], method: str, phase: str) -> Estimate | None:
+    """Share of a phase's time that a method's mode of inference saves over that of pre-training, which were timed in turns."""
+    saved = compute[method].get("saving", {}).get(phase)
+    return Estimate(saved["seconds"], saved["low"], saved["high"]) if saved else None
 
 
 def flops_saving(compute: Mapping[str, Any], one: tuple[str, str], other: tuple[str, str], phase: str) -> float:
@@ -121,7 +104,7 @@ def too_few(seeds: int) -> str:
 
 
 def _robust(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
-    found = []
+    gained = {}
     for model, (family, text) in itertools.product(grid.models, FAMILIES.items()):
         ours = grid.sample(CLAIMANT, model, family, "lost")
         theirs = {rival: sample for rival in rivals if (sample := grid.sample(rival, model, family, "lost"))}
@@ -130,13 +113,12 @@ def _robust(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
         if len(theirs) > 1:
             mean = Sample(np.mean([sample.values_SU for sample in theirs.values()], axis=0), ours.units)
             theirs = {"the mean of the other routing methods": mean} | theirs
-        gained = {rival: _gain(grid, ours, sample) for rival, sample in theirs.items()}
-        measured = {rival: one for rival, one in gained.items() if one}
-        adjusted = dict(zip(measured, holm([one.p for one in measured.values()]), strict=True))
-        for rival, one in gained.items():
+        for rival, sample in theirs.items():
             name = f"{100 * CLAIMED:g} % more robust than {rival}: {_model(model)} under {text}"
-            found.append(_claim(name, one, CLAIMED, len(grid.seeds), p_holm=adjusted.get(rival)))
-    return found
+            gained[name] = _gain(grid, ours, sample, CLAIMED)
+    measured = {name: one for name, one in gained.items() if one}
+    adjusted = dict(zip(measured, holm([one.p for one in measured.values()]), strict=True))
+    return [_claim(name, one, CLAIMED, len(grid.seeds), p_holm=adjusted.get(name)) for name, one in gained.items()]
 
 
 def _flops(grid: Grid) -> list[Claim]:
@@ -163,7 +145,7 @@ def _accurate(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
 def _consistent(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
     names, found = [], []
     for model in grid.models:
-        ours, *theirs = (grid.by_seed(grid.scores(m, model, "noise"), m, "consistency") for m in (CLAIMANT, *rivals))
+        ours, *theirs = (grid.by_seed(grid.scores(m, model, "noise"), m, "kappa") for m in (CLAIMANT, *rivals))
         theirs = [values for values in theirs if values is not None]
         if ours is not None and theirs:
             names.append(f"routing more consistent under noise than the mean of the other routing methods: {_model(model)}")
@@ -194,7 +176,7 @@ def _claim(
         return Claim(name, "", "", said, note)
     exact = measured.low == measured.high
     interval = "" if exact else f"[{100 * measured.low:z.1f}, {100 * measured.high:z.1f}]"
-    return Claim(name, f"{100 * measured.value:z.1f}{unit}", interval, said, note)
+    return Claim(name, f"{100 * measured.value:z.1f}{unit}", interval, said, note, *measured[:3])
 
 
 def _compared(grid: Grid) -> list[tuple[str, str]]:
@@ -216,5 +198,5 @@ def _difference(grid: Grid, a: Sample, b: Sample) -> Estimate:
     return difference(a.values_SU, b.values_SU, grid.draws, a.units)
 
 
-def _gain(grid: Grid, a: Sample, b: Sample) -> Estimate | None:
-    return gain(a.values_SU, b.values_SU, grid.draws, a.units)
+def _gain(grid: Grid, a: Sample, b: Sample, null: float = 0.0) -> Estimate | None:
+    return gain(a.values_SU, b.values_SU, grid.draws, a.units, null)

@@ -70,9 +70,24 @@ class Grid:
             found.setdefault((row["method"], row["model"], row["mode"]), []).append(row)
         return found
 
+    def check(self) -> None:
+        """Raise Failure unless every method and seed was put under the same conditions."""
+        found: dict[str, dict[tuple[str, float], set[tuple[str, Any]]]] = {}
+        for row in self.tables["scores"]:
+            if row["mode"] == self.modes(row["method"])[1]:
+                place = found.setdefault(row["model"], {}).setdefault((row["kind"], row["rate"]), set())
+                place.add((row["method"], row["seed"]))
+        cells = {(method, seed) for method in self.methods for seed in self.seeds}
+        for model in self.models:
+            for (kind, rate), there in found.get(model, {("clean", 0.0): set()}).items():
+                for method, seed in sorted(cells - there):
+                    raise Failure(f"scores of {method}, seed {seed}: {model} has no {kind} at {rate}; run `dvc repro`")
+
     def modes(self, method: str) -> tuple[str, str]:
         """The mode of pre-training and that of fine-tuning and inference; they may be the same."""
         modes = [mode for owner, model, mode in self._scores if (owner, model) == (method, LANGUAGE)]
+        if not modes:
+            raise Failure(f"scores of {method}: none of the language model; run `dvc repro`")
         return modes[0], modes[-1]
 
     def scores(self, method: str, model: str, family: str, mode: str | None = None) -> list[Row]:
@@ -118,6 +133,16 @@ class Grid:
         if sample is None:
             return None
         return estimate(float(sample.values_SU.mean()), self.draws.means(sample.values_SU, sample.units))
+
+    def shift(self, method: str, model: str, kind: str, mode: str | None = None) -> Estimate | None:
+        """What a shift costs: other text less clean text, where a language model reads other segments, drawn apart."""
+        lost = self.sample(method, model, "shift", "lost", mode, (kind, 0.0))
+        if model != LANGUAGE:
+            return self.interval(lost)
+        scored = self.sample(method, model, "shift", "score", mode, (kind, 0.0))
+        clean = self.sample(method, model, "clean", "score", mode)
+        replicates_R = self.draws.means(scored.values_SU, scored.units) - self.draws.means(clean.values_SU, clean.units)
+        return estimate(float(lost.values_SU.mean()), replicates_R)
 
     def by_seed(self, rows: Sequence[Row], method: str, name: str) -> np.ndarray | None:
         """Mean (S,) of a column over a method's rows of each seed; None where the column is empty or not there."""

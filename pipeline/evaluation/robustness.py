@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.corruption import Alphabet, corrupt, rng_for
@@ -78,10 +79,14 @@ def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode:
     """Nats (S, T) of each symbol's true successor in the clean segments (S, T + 1), given the (noisy) past; NaN elsewhere.
 
     Each noisy symbol is scored on the symbol that follows its own clean position. So an inserted symbol is not scored, and
-    neither is the successor of a deleted one, which nothing is left to predict; of swapped symbols each keeps its successor.
+    neither is the successor of a deleted one, which nothing is left to predict. Nor are two swapped symbols: what follows the
+    second in the clean text is the first, which has been read, and what follows the first is not what comes next.
     """
     clean_ST1 = torch.from_numpy(segments.astype(np.int64))
-    target_ST = clean_ST1.gather(1, given.source_ST.clamp(min=0) + 1).masked_fill(given.source_ST < 0, -1)
+    source_ST = given.source_ST
+    followed_ST = F.pad(source_ST[:, 1:], (0, 1), value=-1)
+    swapped_ST = (source_ST < source_ST.cummax(1).values) | ((followed_ST >= 0) & (followed_ST < source_ST))
+    target_ST = clean_ST1.gather(1, source_ST.clamp(min=0) + 1).masked_fill((source_ST < 0) | swapped_ST, -1)
     scores, index = [], []
     for rows in torch.arange(len(segments)).split(BATCH):
         hidden = model(given.tokens_ST[rows], mode)
@@ -110,22 +115,23 @@ def classifier_trace(model: Classifier, given: Texts, mode: Mode, watch: Watch |
 class Effect(NamedTuple):
     """What a condition did, text by text, float64: the score (S,), and what it cost (S,), positive where it hurts.
 
-    Where noisy positions have clean ones, also the share of assignments that stayed, per layer. Of a classifier the expected
-    calibration error and the share of predictions that changed.
+    Where noisy positions have clean ones, also the share of assignments that stayed, per layer, and the same corrected for
+    chance. Of a classifier the expected calibration error and the share of predictions that changed.
     """
 
     score_S: np.ndarray
     lost_S: np.ndarray
     consistency: list[float] | None = None
+    kappa: list[float | None] | None = None
     ece: float | None = None
     flips: float | None = None
 
 
-def language_effect(clean: Trace, noisy: Trace, source_ST: Tensor, aligned: bool) -> Effect:
+def language_effect(clean: Trace, noisy: Trace, source_ST: Tensor, experts: int) -> Effect:
     """Bits per token of each segment, and how many more than at the clean positions of the same symbols."""
     before_ST = clean.scores.gather(1, source_ST.clamp(min=0))
     score_S, lost_S = (_mean_bits(nats_ST) for nats_ST in (noisy.scores, noisy.scores - before_ST))
-    return Effect(score_S, lost_S, consistency(clean, noisy, source_ST) if aligned else None)
+    return Effect(score_S, lost_S, *_steadiness(clean, noisy, source_ST, experts))
 
 
 def shift_effect(clean: Trace, shifted: Trace) -> Effect:
@@ -134,7 +140,7 @@ def shift_effect(clean: Trace, shifted: Trace) -> Effect:
     return Effect(score_S, score_S - _mean_bits(clean.scores).mean())
 
 
-def classifier_effect(clean: Trace, noisy: Trace, labels_S: Tensor, source_ST: Tensor, aligned: bool) -> Effect:
+def classifier_effect(clean: Trace, noisy: Trace, labels_S: Tensor, source_ST: Tensor, experts: int) -> Effect:
     """1 for a right label and 0 for a wrong one, and the difference to what the clean passage got."""
     for trace in (clean, noisy):
         if not trace.scores.isfinite().all():
@@ -144,19 +150,25 @@ def classifier_effect(clean: Trace, noisy: Trace, labels_S: Tensor, source_ST: T
     return Effect(
         right_S,
         before_S - right_S,
-        consistency(clean, noisy, source_ST) if aligned else None,
+        *_steadiness(clean, noisy, source_ST, experts),
         expected_calibration_error(confidence_S, right_S),
         (noisy.scores.argmax(1) != clean.scores.argmax(1)).double().mean().item(),
     )
 
 
-def consistency(clean: Trace, noisy: Trace, source_ST: Tensor) -> list[float]:
-    """Share of assignments that noise leaves as they were, over symbols that survive it, per layer."""
+def _steadiness(
+    clean: Trace, noisy: Trace, source_ST: Tensor, experts: int
+) -> tuple[list[float] | None, list[float | None] | None]:
+    """Per layer the share of assignments that noise leaves as they were, over symbols that survive it, and its kappa.
+
+    Nothing where `experts` is 1 (or 0, for texts that are not aligned).
+    """
+    if experts < 2:
+        return None, None
     row, column = torch.nonzero(source_ST >= 0, as_tuple=True)
     origin = source_ST[row, column]
-    return [
-        stats.consistency(before[row, origin], after[row, column]) for before, after in zip(clean.index, noisy.index, strict=True)
-    ]
+    pairs = [(before[row, origin], after[row, column]) for before, after in zip(clean.index, noisy.index, strict=True)]
+    return [stats.consistency(*pair) for pair in pairs], [stats.kappa(*pair, experts) for pair in pairs]
 
 
 def _mean_bits(nats_ST: Tensor) -> np.ndarray:

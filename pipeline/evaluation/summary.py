@@ -139,7 +139,9 @@ def _robustness(grid: Grid, model: str) -> list[Measure]:
         for other in (False, True) if language else (False,):
             modes = {method: grid.modes(method)[0 if other else 1] for method in grid.methods}
             values = {
-                method: grid.interval(grid.sample(method, model, family, "lost", mode, condition))
+                method: grid.interval(grid.sample(method, model, family, "lost", mode))
+                if condition is None
+                else grid.shift(method, model, condition[0], mode)
                 for method, mode in modes.items()
                 if (condition is None or condition in grid.conditions(method, model, family, mode))
                 and not (other and len(set(grid.modes(method))) == 1)
@@ -156,6 +158,7 @@ def _robustness(grid: Grid, model: str) -> list[Measure]:
     rows.append(Measure(f"{of}mean {what} over severities", areas, digits, scale, "area under curve"))
     rows.append(_worst(grid, model, f"{of}worst {what} under noise", digits, scale))
     rows.append(_scores(grid, model, f"{of}experts unchanged by noise %", "noise", "consistency"))
+    rows.append(_scores(grid, model, "- corrected for chance (kappa)", "noise", "kappa"))
     if not language:
         rows += [
             _scores(grid, model, f"{model}: calibration error %, clean", "clean", "ece"),

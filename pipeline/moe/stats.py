@@ -37,6 +37,17 @@ def consistency(index_NK: Tensor, other_NK: Tensor) -> float:
     return float((index_NK[:, :, None] == other_NK[:, None, :]).any(2).double().mean())
 
 
+def kappa(index_NK: Tensor, other_NK: Tensor, experts: int) -> float | None:
+    """Consistency corrected for chance (Cohen 1960): (c - e) / (1 - e), 1 if nothing changed and 0 if it might be by chance.
+
+    e is the consistency of assignments that are independent but have these loads; it grows with K and with imbalance. None where
+    it is 1: then nothing is chosen.
+    """
+    share_E, other_E = (shares(torch.bincount(index.flatten(), minlength=experts)) for index in (index_NK, other_NK))
+    chance = index_NK.shape[1] * float((share_E * other_E).sum())
+    return None if chance > 1 - 1e-9 else (consistency(index_NK, other_NK) - chance) / (1 - chance)
+
+
 def fluctuation(before_NK: Tensor, after_NK: Tensor) -> float:
     """Share of the assignments of fixed texts that changed between two checkpoints (Dai et al. 2022)."""
     return 1 - consistency(before_NK, after_NK)

@@ -25,10 +25,10 @@ def test_what_the_interval_decides(estimate, seeds, p_holm, expected):
 @pytest.mark.parametrize(
     "estimate, seeds, p_holm, note",
     [
-        (None, 5, None, "the other method loses nothing to noise, so there is no gain to measure"),
-        (ABOVE, 2, None, "2 seeds: an interval says nothing about training again"),
-        (BELOW, 1, None, "1 seed: an interval says nothing about training again"),
-        (Estimate(0.28, 0.28, 0.28), 1, None, "1 seed: an interval says nothing about training again"),
+        (None, 5, None, "what the other loses cannot be told from zero, so there is no ratio; see the difference under Pairs"),
+        (ABOVE, 2, None, "2 seeds: an interval says nothing about another training run"),
+        (BELOW, 1, None, "1 seed: an interval says nothing about another training run"),
+        (Estimate(0.28, 0.28, 0.28), 1, None, "1 seed: an interval says nothing about another training run"),
         (ACROSS, 3, None, "the interval contains 28 %"),
         (Estimate(0.2, 0.1, 0.28), 3, 0.001, "the interval contains 28 %"),
         (ABOVE, 3, 0.05, "p is 0.05 after Holm's correction for all that was tested"),

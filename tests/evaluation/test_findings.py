@@ -72,14 +72,10 @@ def test_flops_are_counted_and_need_no_seeds(grid, tmp_path):
 
 def test_time_is_a_claim_apart(grid):
     assert not any("time" in claim.claim for claim in claims(grid))
-    own, other = timed_claims(grid)
+    (own,) = timed_claims(grid)
     assert own[:4] == ("28 % less time to fine-tune than its own mode both", "31.0 %", "[29.0, 33.0]", "supported")
-    assert other.claim.endswith("than smoe")
-    saved = time_saving(grid.compute, ("vqmoe", "discrete"), ("smoe", "router"), "finetune")
-    # Seconds per token of the one over those of the other; the interval from the slowest and the fastest of both.
-    assert saved.value == pytest.approx(1 - 1.2 / 1.5)
-    assert saved.low == pytest.approx(1 - (10_500 / 1.5) / (9_500 / 1.2))
-    assert saved.high == pytest.approx(1 - (9_500 / 1.5) / (10_500 / 1.2))
+    assert own[5:] == (0.31, 0.29, 0.33)
+    assert time_saving(grid.compute, "smoe", "finetune") is None
 
 
 def test_accuracy_against_the_best_and_consistency_against_the_mean(rivals):

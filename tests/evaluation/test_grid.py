@@ -55,6 +55,33 @@ def test_passages_of_one_document_are_drawn_together(grid):
     assert grid.draws.means(np.ones((3, 10)), grid.sample("smoe", "era", "attack", "score").units) == pytest.approx(1)
 
 
+def test_a_shift_of_the_language_model_is_drawn_in_both_texts(grid):
+    found = grid.shift("smoe", "language", "austen")
+    scored, clean = (
+        grid.sample("smoe", "language", "shift", "score", only=("austen", 0.0)),
+        grid.sample("smoe", "language", "clean", "score"),
+    )
+    assert found.value == pytest.approx(scored.values_SU.mean() - clean.values_SU.mean())
+    replicates = grid.draws.means(scored.values_SU, scored.units) - grid.draws.means(clean.values_SU, clean.units)
+    assert replicates.min() < found.low < found.value < found.high < replicates.max()
+    alone = grid.interval(grid.sample("smoe", "language", "shift", "lost", only=("austen", 0.0)))
+    assert (found.low, found.high) != (alone.low, alone.high)
+
+
+def test_methods_under_other_conditions_are_an_error(grid):
+    def left(keep):
+        return dataclasses.replace(grid, tables=grid.tables | {"scores": [row for row in grid.tables["scores"] if keep(row)]})
+
+    grid.check()
+    lost = {"method": "smoe", "seed": 1, "model": "language", "kind": "delete", "rate": 0.1}
+    with pytest.raises(Failure, match=r"scores of smoe, seed 1: language has no delete at 0\.1; run `dvc repro`"):
+        left(lambda row: not lost.items() <= row.items()).check()
+    with pytest.raises(Failure, match="scores of smoe, seed 0: era has no clean at 0"):
+        left(lambda row: row["model"] != "era" or row["method"] != "smoe").check()
+    with pytest.raises(Failure, match="scores of vqmoe: none of the language model"):
+        left(lambda row: False).modes("vqmoe")
+
+
 def test_a_column_that_is_empty_has_no_mean(grid):
     assert grid.by_seed(grid.scores("dense", "era", "noise"), "dense", "consistency") is None
     assert grid.by_seed(grid.scores("smoe", "era", "noise"), "smoe", "consistency") == pytest.approx([0.9 - 0.06] * 3)

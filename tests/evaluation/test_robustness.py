@@ -12,7 +12,6 @@ from pipeline.evaluation.robustness import (
     Trace,
     classifier_effect,
     classifier_trace,
-    consistency,
     language_effect,
     language_trace,
     shift_effect,
@@ -37,7 +36,7 @@ def model(tiny_spec, seeded):
 def test_clean_text_scores_as_in_validation(model):
     given = texts(SEGMENTS[:, :-1], LENGTH, 256)
     clean = language_trace(model, given, SEGMENTS, "router")
-    effect = language_effect(clean, clean, given.source_ST, aligned=True)
+    effect = language_effect(clean, clean, given.source_ST, experts=len(model.moe_layers[0].experts.w1_EDH))
     assert effect.score_S.mean() == pytest.approx(score_tokens(model, SEGMENTS, "router", "bpc"), rel=1e-5)
     assert effect.lost_S.tolist() == [0] * len(SEGMENTS)
     assert effect.consistency == [1.0] * len(model.moe_layers)
@@ -52,7 +51,7 @@ def test_every_scored_symbol_is_judged_on_its_true_successor(model, kind):
         logits = (state_TD @ model.embedding.weight.T).log_softmax(-1)
         for position in range(LENGTH):
             source = int(given.source_ST[row, position])
-            if source < 0:
+            if source < 0 or (kind == "swap" and source != position):
                 assert math.isnan(trace.scores[row, position])
             else:
                 assert trace.scores[row, position].item() == pytest.approx(
@@ -107,7 +106,7 @@ def trace(*rows, index=()):
 def test_degradation_pairs_positions_and_is_that_of_each_segment():
     clean = trace([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     noisy = trace([2.0, math.nan, 5.0], [1.0, 2.0, 4.0])
-    effect = language_effect(clean, noisy, torch.tensor([[0, -1, 1], [0, 1, 2]]), aligned=False)
+    effect = language_effect(clean, noisy, torch.tensor([[0, -1, 1], [0, 1, 2]]), experts=0)
     assert effect.score_S == pytest.approx([3.5, 7 / 3])
     # Noisy position 2 of the first came from clean position 1: (2 - 1 + 5 - 2) / 2.
     assert effect.lost_S == pytest.approx([2.0, 4 / 3])
@@ -121,10 +120,15 @@ def test_a_shift_is_measured_against_the_mean_of_the_clean_text():
 
 
 def test_consistency_follows_moved_characters_in_every_layer():
-    clean = Trace(torch.zeros(1), [torch.tensor([[[0], [1], [2]]]), torch.tensor([[[0], [0], [0]]])])
-    noisy = Trace(torch.zeros(1), [torch.tensor([[[1], [0], [7]]]), torch.tensor([[[0], [0], [0]]])])
-    assert consistency(clean, noisy, torch.tensor([[1, 0, 2]])) == [pytest.approx(2 / 3), 1.0]
-    assert consistency(clean, noisy, torch.tensor([[1, 0, -1]])) == [1.0, 1.0]
+    def effect(source):
+        clean = Trace(torch.zeros(1, 3), [torch.tensor([[[0], [1], [2]]]), torch.tensor([[[0], [0], [0]]])])
+        noisy = Trace(torch.zeros(1, 3), [torch.tensor([[[1], [0], [7]]]), torch.tensor([[[0], [0], [0]]])])
+        return language_effect(clean, noisy, torch.tensor([source]), experts=8)
+
+    assert effect([1, 0, 2]).consistency == [pytest.approx(2 / 3), 1.0]
+    assert effect([1, 0, -1]).consistency == [1.0, 1.0]
+    # By chance: loads 1/3, 1/3, 1/3 and, of the noisy ones, 1/3 each of experts 0, 1 and 7; one expert leaves no choice.
+    assert effect([1, 0, 2]).kappa == [pytest.approx((2 / 3 - 2 / 9) / (1 - 2 / 9)), None]
 
 
 def test_padding_takes_no_part_in_consistency(tiny_spec, seeded):
@@ -139,7 +143,7 @@ def test_a_classifier_loses_what_it_had_right():
     clean, noisy = (
         Trace(torch.tensor(rows), []) for rows in ([[9.0, 0.0], [0.0, 9.0], [0.0, 9.0]], [[0.0, 9.0], [0.0, 9.0], [9.0, 0.0]])
     )
-    effect = classifier_effect(clean, noisy, torch.tensor([0, 1, 0]), torch.zeros(3, 1, dtype=torch.long), aligned=False)
+    effect = classifier_effect(clean, noisy, torch.tensor([0, 1, 0]), torch.zeros(3, 1, dtype=torch.long), experts=0)
     assert effect.score_S.tolist() == [0, 1, 1]
     assert effect.lost_S.tolist() == [1, 0, -1]
     assert effect.flips == pytest.approx(2 / 3)
@@ -157,8 +161,8 @@ def test_of_some_texts():
 def test_nan_is_an_error_not_a_score():
     source = torch.tensor([[0, 1]])
     with pytest.raises(Failure, match="bits per token is not finite; train the model again"):
-        language_effect(trace([1.0, 1.0]), trace([math.inf, 1.0]), source, aligned=False)
+        language_effect(trace([1.0, 1.0]), trace([math.inf, 1.0]), source, experts=0)
     with pytest.raises(Failure, match="noise leaves nothing to score of a segment; lower"):
-        language_effect(trace([1.0, 1.0]), trace([math.nan, math.nan]), source, aligned=False)
+        language_effect(trace([1.0, 1.0]), trace([math.nan, math.nan]), source, experts=0)
     with pytest.raises(Failure, match="a class score is not finite"):
-        classifier_effect(trace([1.0, 1.0]), trace([math.nan, 1.0]), torch.tensor([0]), source, aligned=False)
+        classifier_effect(trace([1.0, 1.0]), trace([math.nan, 1.0]), torch.tensor([0]), source, experts=0)

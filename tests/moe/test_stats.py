@@ -23,6 +23,19 @@ def test_codebook_use():
     assert use["perplexity"] == pytest.approx(2.0)
 
 
+def test_kappa_is_what_chance_leaves_of_consistency():
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(3000)])
+    assert stats.kappa(index, index, 4) == pytest.approx(1)
+    assert stats.kappa(index, index[torch.randperm(3000, generator=generator)], 4) == pytest.approx(0, abs=0.05)
+    half = torch.cat([index[:1500], index[torch.randperm(3000, generator=generator)[:1500]]])
+    assert stats.kappa(index, half, 4) == pytest.approx(0.5, abs=0.05)
+    # All experts, or the same one for all tokens: nothing was chosen.
+    everyone = torch.tensor([[0, 1], [1, 0]])
+    assert stats.kappa(everyone, everyone, 2) is None
+    assert stats.kappa(torch.zeros(5, 1, dtype=torch.long), torch.zeros(5, 1, dtype=torch.long), 3) is None
+
+
 def test_consistency_ignores_the_order_of_slots():
     a = torch.tensor([[0, 1], [2, 3], [4, 5]])
     b = torch.tensor([[1, 0], [2, 7], [6, 7]])

@@ -120,7 +120,7 @@ def _cell(paths, given, place, method, seed, kinds, rates):
             same = None if not chooses or family == "shift" else 1.0 if family == "clean" else 0.95 - 0.05 * place - rate
             scores.append(
                 {"model": model, "mode": mode, "family": family, "kind": kind, "rate": rate}
-                | {"score": score_U.mean(), "degradation": lost_U.mean(), "consistency": same}
+                | {"score": score_U.mean(), "degradation": lost_U.mean(), "consistency": same, "kappa": same}
                 | {"ece": None if language else 0.05 + rate, "flips": None if language else rate}
             )
         for layer in range(3):
