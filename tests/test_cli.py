@@ -90,7 +90,7 @@ def test_stages_one_by_one_then_a_report(vqmoe, workspace, method):
     assert set(finetune["test"]) == set(finetune["scratch"]) == {"nats", "accuracy", "macro_f1"}
     assert finetune["flops_per_token"] < pretrain["flops_per_token"]
     report = (workspace / "report/report.md").read_text()
-    assert f"| measure | {method} | to compare with |" in report
+    assert f"| measure | {method} | note |" in report
     assert "| test bits per character |" in report
     assert "TF-IDF" in result.output
     for name in ("training", "severity-language", "severity-toy", "confusion-toy", "expert-load-language", "expert-load-toy"):
@@ -120,7 +120,7 @@ def test_the_other_methods_pass_through_all_stages_into_one_report(vqmoe, worksp
         assert torch.equal(tuned[f"backbone.blocks.0.moe.router.{name}"], trained[f"blocks.0.moe.router.{name}"])
     result = vqmoe("report", overrides=overrides)
     assert result.exit_code == 0, result.output
-    assert f"| measure | {' | '.join(others)} | to compare with |" in (workspace / "report/report.md").read_text()
+    assert f"| measure | {' | '.join(others)} | note |" in (workspace / "report/report.md").read_text()
 
 
 def test_train_runs_all_stages_in_a_folder_of_its_own_and_the_same_seed_gives_the_same_files(vqmoe, workspace):

@@ -164,24 +164,25 @@ def _consistency(grid: Grid) -> Iterator[Exhibit]:
     for model in grid.models:
         shown = {}
         for method in grid.methods:
-            same_S = grid.by_seed(grid.scores(method, model, "noise"), method, "consistency")
+            same_S = grid.by_seed(grid.scores(method, model, "noise"), method, "kappa")
             if same_S is None:
                 continue
             sample = grid.sample(method, model, "noise", "lost")
             lost = [_scale(model) * end for end in grid.interval(sample)[:3]]
-            shown[method] = [Point(100 * float(same_S.mean()), *lost)]
+            shown[method] = [Point(float(same_S.mean()), *lost)]
             rows += [
-                run | {"consistency": 100 * same, "degradation": _scale(model) * one_U.mean()}
+                run | {"kappa": same, "degradation": _scale(model) * one_U.mean()}
                 for run, same, one_U in zip(_runs(grid, method, model), same_S, sample.values_SU, strict=True)
             ]
         if shown:
             ylabel = f"{_lost(model)} to noise"
-            panels.append(Panel(_name(model), "experts unchanged by noise, %", ylabel, shown, bottom=0))
+            panels.append(Panel(_name(model), "routing consistency (kappa)", ylabel, shown, bottom=0))
             said.append(f"{_name(model)}: {_correlation([point for (point,) in shown.values()])}.")
     if panels:
         caption = (
-            "Does steady routing make a model robust? A point per method: means over all noise and seeds, bars: 95 % bootstrap "
-            f"intervals of what is lost. {' '.join(said)} A correlation over methods that differ in much else is no cause."
+            "Does steady routing make a model robust? Kappa: experts unchanged by noise, corrected for chance; 1 if all are. A "
+            "point per method: means over all noise and seeds, bars: 95 % bootstrap intervals of what is lost. "
+            f"{' '.join(said)} A correlation over methods that differ in much else is no cause."
         )
         yield Exhibit("consistency", title, caption, plots.points(panels, title), rows)
 
@@ -223,7 +224,7 @@ def _layers(grid: Grid) -> Iterator[Exhibit]:
     panels = [
         Panel(title, "layer", ylabel, lines)
         for column, title, ylabel, scale in (
-            ("consistency", "consistency: steadier is higher", "experts unchanged by noise, %", 100),
+            ("kappa", "consistency: steadier is higher", "kappa of experts under noise", 1),
             ("output_cosine", "outputs; 1: all experts answer alike", "mean pairwise cosine", 1),
             ("cka", "representations; 1: all experts alike", "linear CKA", 1),
             ("effective_rank", "rank of states: collapsed is lower", "effective rank", 1),

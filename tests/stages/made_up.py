@@ -120,14 +120,14 @@ def _cell(paths, given, place, method, seed, kinds, rates):
             same = None if not chooses or family == "shift" else 1.0 if family == "clean" else 0.95 - 0.05 * place - rate
             scores.append(
                 {"model": model, "mode": mode, "family": family, "kind": kind, "rate": rate}
-                | {"score": score_U.mean(), "degradation": lost_U.mean(), "consistency": same, "kappa": same}
+                | {"score": score_U.mean(), "degradation": lost_U.mean(), "consistency": same, "kappa": same and same - 0.1}
                 | {"ece": None if language else 0.05 + rate, "flips": None if language else rate}
             )
         for layer in range(3):
             # What a layer does not have has no column: not even an empty one, where no layer of a method has it.
             row = {"model": model, "mode": mode, "layer": layer}
             if chooses:
-                names = "consistency imbalance entropy variation unused margin output_cosine cka".split()
+                names = "consistency kappa imbalance entropy variation unused margin output_cosine cka".split()
                 row |= {name: rng.random() for name in names} | {"effective_rank": 20 + layer}
             layers.append(row | ({"utilisation": 0.9, "perplexity": 6.5} if codes else {}))
             for what, size in (("expert", 8 if chooses else 1), ("code", 16 if codes else 0)):
