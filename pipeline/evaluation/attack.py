@@ -1,15 +1,18 @@
-"""Adversarial substitutions: which symbols to change so that a model's loss rises most (HotFlip, Ebrahimi et al. 2018,
-arXiv 1712.06751).
+"""Adversarial substitutions: which symbols to change, within a budget of queries, so that a model's loss rises.
 
-The gradient of the loss with respect to the embeddings of a text ranks all substitutions to first order; the most promising
-are tried. A query is a pass of one sequence through the model, with a gradient or without.
+A random search over positions whose symbols come from the gradient: positions are tried in a random order, each with the symbol
+that raises the loss most to first order (HotFlip, Ebrahimi et al. 2018, arXiv 1712.06751), and what raises the loss is kept.
+HotFlip ranks positions by the same estimate; here it does not, since a substitution is no small step and the estimate says next
+to nothing about where it hurts. Where it says nothing about symbols either, what is left is blind search with the same budget.
+A query is a pass of one sequence through the model, with a gradient or without.
 
-Shapes: S sequences, B of them in one pass, A still attacked, T positions, C symbols to put in, K edits, J blocks, D width.
+Shapes: S sequences, B of them in one pass, T positions, C symbols to put in, K edits, D width.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Edits(NamedTuple):
-    """Substitutions in the order they were made: position and new id (S, K), -1 where the search had ended; queries (S,)."""
+    """Substitutions, those that raised the loss most first: position and new id (S, K), -1 after the last; queries (S,)."""
 
     position_SK: Tensor
     symbol_SK: Tensor
@@ -37,58 +40,61 @@ def greedy(
     symbols_C: Tensor,
     most_S: Tensor,
     queries: int,
-    candidates: int = 4,
+    seed: int = 0,
 ) -> Edits:
-    """At most `most` substitutions in each sequence, each at another changeable position, in at most `queries` queries.
+    """At most `most` substitutions in each sequence, each at another changeable position, found in `queries` queries.
 
-    A round takes a gradient (one query), which ranks the changeable positions that are left, each with its best symbol. The
-    first `candidates` of these substitutions are tried alone (one query each), and the best is kept if the loss rises. Where
-    more are wanted than the budget has rounds, blocks are tried in their place: the first few of the ranking together, the next
-    few together, and so on; as few in a block as the budget allows. If none raises the loss, the next blocks are half as large;
-    the search ends when no single substitution raises it. So the loss rises in every round that is kept.
+    The first query is a gradient at the clean text; each further one tries the next position. Its substitution joins those made
+    before, or, once there are `most`, takes the place of the one that raised the loss least, and is kept if the loss rises. When
+    all positions have been tried, they are tried again with random symbols. Where the budget has fewer than two tries for each
+    of `most` substitutions, several positions are tried together, as few as allow two.
+
+    `seed`, the sequence's row and the round decide the draws, never the model: the same positions are tried on every model. All
+    of the budget is spent, or none where nothing may be changed. The loss of all edits together was seen; that of the first few
+    was not, as the edits' order is by what each added when it was made.
 
     The model has to be in eval mode; `loss` reads its embeddings through `embedding`, once. Raises Failure if a loss or its
-    gradient is not finite, UsageError if the budget is less than a round.
+    gradient is not finite, UsageError if the budget has less than two tries.
     """
-    if queries < 1 + candidates:
-        raise UsageError(f"attack: {queries} queries are less than a round of {1 + candidates}; allow more")
-    rounds, longest = queries // (1 + candidates), int(most_S.max())
-    parts = []
-    for rows_B in torch.arange(len(tokens_ST), device=tokens_ST.device).split(BATCH):
-        tokens_BT, most_B = tokens_ST[rows_B], most_S[rows_B]
-        # A position with the only symbol there is has no other.
-        left_BT = changeable_ST[rows_B] & ((tokens_BT != symbols_C.min()) | (tokens_BT != symbols_C.max()))
-        edits = Edits(*(tokens_BT.new_full((len(rows_B), longest), -1) for _ in range(2)), torch.zeros_like(rows_B))
-        size_B, made_B = -(-most_B // rounds), torch.zeros_like(most_B)
-        for _ in range(rounds):
-            size_B = size_B.minimum(most_B - made_B)
-            active_A = torch.nonzero((size_B > 0) & left_BT.any(1)).flatten()
-            if not len(active_A):
-                break
-            rows_A, tokens_AT, size_A1 = rows_B[active_A], tokens_BT[active_A], size_B[active_A, None]
-            loss_A, gain_AT, symbol_AT = _estimate(loss, embedding, tokens_AT, rows_A, symbols_C)
-            left_AT = left_BT[active_A]
-            # A stable sort: of positions that are as good the lower comes first.
-            rank_AT = gain_AT.masked_fill(~left_AT, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-            block_AT = (rank_AT // size_A1).masked_fill(~left_AT, -1)
-            chosen_AJT = block_AT[:, None] == torch.arange(candidates, device=block_AT.device)[:, None]
-            tried_AJ = chosen_AJT.any(2)
-            text_AJT = torch.where(chosen_AJT, symbol_AT[:, None], tokens_AT[:, None])
-            tried = _losses(loss, text_AJT[tried_AJ], rows_A[:, None].expand_as(tried_AJ)[tried_AJ])
-            best = torch.full_like(tried_AJ, -torch.inf, dtype=tried.dtype).masked_scatter(tried_AJ, tried).max(1)
-            edits.queries_S[active_A] += 1 + tried_AJ.sum(1)
-            raised_A = best.values > loss_A
-            kept_AT = raised_A[:, None] & (block_AT == best.indices[:, None])
-            row, position = torch.nonzero(kept_AT, as_tuple=True)
-            place = made_B[active_A][row] + (rank_AT % size_A1)[kept_AT]
-            edits.position_SK[active_A[row], place] = position
-            edits.symbol_SK[active_A[row], place] = symbol_AT[kept_AT]
-            tokens_BT[active_A] = torch.where(kept_AT, symbol_AT, tokens_AT)
-            left_BT[active_A] &= ~kept_AT
-            made_B[active_A] += kept_AT.sum(1)
-            size_B[active_A] = torch.where(raised_A, size_A1[:, 0], size_A1[:, 0] // 2)
-        parts.append(edits)
-    return Edits(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    if queries < 3:
+        raise UsageError(f"attack: {queries} queries are less than a gradient and two tries; allow more")
+    symbols_C = symbols_C.unique()
+    # A position with the only symbol there is has no other.
+    changeable_ST = changeable_ST & ((tokens_ST != symbols_C[0]) | (len(symbols_C) > 1))
+    attacked_S = (most_S > 0) & changeable_ST.any(1)
+    position_SK, symbol_SK = (tokens_ST.new_full((len(tokens_ST), int(most_S.max())), -1) for _ in range(2))
+    for rows_B in torch.nonzero(attacked_S).flatten().split(BATCH):
+        clean_BT, changeable_BT, most_B1 = tokens_ST[rows_B], changeable_ST[rows_B], most_S[rows_B, None]
+        draws = [np.random.default_rng((seed, row)) for row in rows_B.tolist()]
+        key_BT = torch.from_numpy(np.stack([draw.random(clean_BT.shape[1]) for draw in draws])).to(clean_BT.device)
+        turn_BT, count_B1 = _rank(key_BT, changeable_BT), changeable_BT.sum(1, keepdim=True)
+        size_B1 = -(-2 * most_B1 // (queries - 1))
+        loss_B, best_BT = _steepest(loss, embedding, clean_BT, rows_B, symbols_C)
+        text_BT, made_BT, rise_BT = clean_BT, torch.zeros_like(changeable_BT), torch.zeros_like(key_BT)
+        for tries in range(queries - 1):
+            start_B1 = tries * size_B1
+            ahead_BT = (turn_BT - start_B1) % count_B1
+            block_BT = changeable_BT & (ahead_BT < size_B1)
+            new_BT = torch.where(start_B1 + ahead_BT < count_B1, best_BT, _other(clean_BT, symbols_C, draws))
+            stay_BT = made_BT & ~block_BT
+            stay_BT &= _rank(rise_BT, stay_BT) < most_B1 - block_BT.sum(1, keepdim=True)
+            tried_BT = torch.where(block_BT, new_BT, torch.where(stay_BT, text_BT, clean_BT))
+            with torch.no_grad():
+                tried_B = _check(loss(tried_BT, rows_B), "loss")
+            # What the block adds to the edits that stay: the loss without those that make way is not known, but their rise is.
+            rise_B = tried_B - loss_B + (rise_BT * (made_BT & ~stay_BT)).sum(1)
+            block_rise_BT = torch.where(block_BT, (rise_B / block_BT.sum(1))[:, None], rise_BT)
+            better_B = tried_B > loss_B
+            better_B1 = better_B[:, None]
+            made_BT = torch.where(better_B1, block_BT | stay_BT, made_BT)
+            rise_BT = torch.where(better_B1, block_rise_BT, rise_BT)
+            text_BT = torch.where(better_B1, tried_BT, text_BT)
+            loss_B = torch.where(better_B, tried_B, loss_B)
+        row, position = torch.nonzero(made_BT, as_tuple=True)
+        place = _rank(rise_BT, made_BT)[row, position]
+        position_SK[rows_B[row], place] = position
+        symbol_SK[rows_B[row], place] = text_BT[row, position]
+    return Edits(position_SK, symbol_SK, queries * attacked_S.long())
 
 
 def apply(tokens_ST: Tensor, edits: Edits, count_S: Tensor) -> Tensor:
@@ -100,10 +106,22 @@ def apply(tokens_ST: Tensor, edits: Edits, count_S: Tensor) -> Tensor:
     return edited_ST
 
 
-def _estimate(
-    loss: Loss, embedding: nn.Embedding, tokens_BT: Tensor, rows_B: Tensor, symbols_C: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (B,), what it gains to first order by the best other symbol at each position, and that symbol (B, T)."""
+def _rank(value_BT: Tensor, among_BT: Tensor) -> Tensor:
+    """The place (B, T) of each value among those chosen, the largest first; of equal ones the lower position."""
+    value_BT = value_BT.masked_fill(~among_BT, -torch.inf)
+    return value_BT.argsort(dim=1, descending=True, stable=True).argsort(1)
+
+
+def _other(tokens_BT: Tensor, symbols_C: Tensor, draws: list[np.random.Generator]) -> Tensor:
+    """A random other symbol (B, T) for each token."""
+    count = len(symbols_C)
+    # The place of the old symbol among the others, plus 1 to count-1 steps round them, is any other symbol alike.
+    steps_BT = np.stack([draw.integers(1, max(count, 2), tokens_BT.shape[1]) for draw in draws])
+    return symbols_C[(torch.searchsorted(symbols_C, tokens_BT) + torch.from_numpy(steps_BT).to(tokens_BT.device)) % count]
+
+
+def _steepest(loss: Loss, embedding: nn.Embedding, tokens_BT: Tensor, rows_B: Tensor, symbols_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss (B,), and the other symbol at each position by which it gains most to first order (B, T)."""
     outputs = []
 
     def leaf(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -121,22 +139,12 @@ def _estimate(
     _check(loss_B, "loss")
     _check(gradient_BTD, "gradient")
     symbol_CD = embedding.weight.detach()[symbols_C]
-    gains, symbols = [], []
     # One sequence at a time: (T, C) is large for a vocabulary of words.
-    for tokens_T, gradient_TD, x_TD in zip(tokens_BT, gradient_BTD, x_BTD.detach(), strict=True):
-        gain_TC = gradient_TD @ symbol_CD.T - (gradient_TD * x_TD).sum(1, keepdim=True)
-        gain_T, index_T = gain_TC.masked_fill(tokens_T[:, None] == symbols_C, -torch.inf).max(1)
-        gains.append(gain_T)
-        symbols.append(symbols_C[index_T])
-    return loss_B.detach(), torch.stack(gains), torch.stack(symbols)
-
-
-@torch.no_grad()
-def _losses(loss: Loss, tokens_NT: Tensor, rows_N: Tensor) -> Tensor:
-    """The losses (N,) of any number of texts."""
-    batches = zip(tokens_NT.split(BATCH), rows_N.split(BATCH), strict=True)
-    loss_N = torch.cat([loss(tokens_BT, rows_B) for tokens_BT, rows_B in batches])
-    return _check(loss_N, "loss")
+    best = [
+        (gradient_TD @ symbol_CD.T).masked_fill(tokens_T[:, None] == symbols_C, -torch.inf).argmax(1)
+        for tokens_T, gradient_TD in zip(tokens_BT, gradient_BTD, strict=True)
+    ]
+    return loss_B.detach(), symbols_C[torch.stack(best)]
 
 
 def _check(value: Tensor, name: str) -> Tensor:
