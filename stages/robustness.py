@@ -239,6 +239,7 @@ class Bench:
             torch.from_numpy(allowed.astype(np.int64)),
             most_S,
             self.settings.attack_queries,
+            seed=self.cell.seed,
         )
         for rate in rates:
             yield rate, given._replace(tokens_ST=apply(given.tokens_ST, edits, (rate * given.lengths_S).ceil().long()))
