@@ -126,7 +126,7 @@ def _attack(grid: Grid) -> Iterator[Exhibit]:
     if panels:
         dashed = " Dashed: lost to as many random replacements." if any(panel.dashed for panel in panels) else ""
         caption = (
-            "What is lost to an attack that knows the model, tries substitutions in a random order and keeps those that hurt most; "
+            "What is lost to an attack that knows the model, tries substitutions in random order and keeps those that hurt most; "
             f"lower is better.{dashed} The attack has fewer texts than noise has. {BAND}"
         )
         figure = plots.curves(panels, "Adaptive attack", dashed="random replacement")
