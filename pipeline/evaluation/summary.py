@@ -158,7 +158,7 @@ def _robustness(grid: Grid, model: str) -> list[Measure]:
     rows.append(Measure(f"{of}mean {what} over severities", areas, digits, scale, "area under curve"))
     rows.append(_worst(grid, model, f"{of}worst {what} under noise", digits, scale))
     rows.append(_scores(grid, model, f"{of}experts unchanged by noise %", "noise", "consistency"))
-    rows.append(_scores(grid, model, "- corrected for chance (kappa)", "noise", "kappa"))
+    rows.append(_scores(grid, model, "- corrected for chance (kappa) %", "noise", "kappa"))
     if not language:
         rows += [
             _scores(grid, model, f"{model}: calibration error %, clean", "clean", "ece"),
