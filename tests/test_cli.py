@@ -179,7 +179,7 @@ def test_other_tokenizers_go_through_all_stages(vqmoe, workspace, kind, view):
     robustness = json.loads((workspace / "results/robustness/smoe-s0.json").read_text())["metrics"]
     assert set(robustness["language"]["router"]) == {"clean", "noise", "attack", "other"}
     assert set(robustness["toy"]["router"]) == {"clean", "noise", "attack"}
-    assert set(robustness["language"]["router"]["noise"]) == {"score", "degradation", "consistency"}
+    assert set(robustness["language"]["router"]["noise"]) == {"score", "degradation", "consistency", "kappa"}
     assert ("consistency" in robustness["toy"]["router"]["noise"]) is (kind == "characters")
     # The shift leads to the same text, here.
     assert robustness["language"]["router"]["other"]["degradation"] == pytest.approx(0, abs=1e-6)
