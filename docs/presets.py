@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.config import Data, Model, Params
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.models.build import Spec, build
-from pipeline.models.flops import flops_per_token
+from pipeline.models.flops import active_parameters, flops_per_token
 from pipeline.models.transformer import Transformer
 from pipeline.moe.layer import SETTINGS, Mode
 from pipeline.moe.routers.base import Settings
@@ -42,7 +42,7 @@ vqmoe train --params presets/tiny.yaml --method smoe     # or one method, in a f
 ```
 
 `tiny` shows in a minute and a half that everything works. `evidence/text` compares all methods on the embedded corpus with two
-seeds, `evidence/robustness` puts the paper's five methods and dense under noise with three seeds and three tasks;
+seeds, `evidence/robustness` (not run yet) puts the paper's five methods and dense under noise with three seeds and three tasks;
 [EXPERIMENTS.md](EXPERIMENTS.md) has what came out. `paper/<corpus>-<model>` are the published settings of
 [arXiv 2411.19402](https://arxiv.org/abs/2411.19402): 4 layers of width 256 with 8 heads of 64, 16 experts of 512 and 16 codes,
 post-norm, dropout 0.1; Adam with beta2 0.999 from 3.5e-4 by a cosine to 0, no ramp, gradients clipped at 0.25, 100,000 steps of
@@ -165,16 +165,9 @@ def _work(model: Model, method: str, settings: Settings) -> tuple[str, ...]:
     return ", ".join(dict.fromkeys((made.train_mode, made.infer_mode))), *cells
 
 
-@torch.no_grad()
 def active(model: Transformer, mode: Mode) -> int:
     """Parameters of the blocks that a token meets."""
-    total = 0
-    for block, output in zip(model.blocks, model(torch.zeros(1, 1, dtype=torch.long), mode).layers, strict=True):
-        experts = block.moe.experts
-        total += count(block) - count(experts) + count(experts) * output.index_NK.shape[1] // experts.count
-        if mode == "discrete":
-            total -= sum(count(part) for name, part in block.moe.named_children() if name in ("router", "gate"))
-    return total
+    return active_parameters(model, mode) - (count(model) - count(model.blocks))
 
 
 def count(module: nn.Module) -> int:

@@ -3,7 +3,7 @@ import lzma
 import pytest
 
 from pipeline.data.corpora import SPLITS, Document, load_corpus
-from pipeline.data.tasks import load_task, passages, read_task, write_task
+from pipeline.data.tasks import groups, load_task, passages, read_task, write_task
 from pipeline.errors import Failure, UsageError
 from tests.conftest import REPOSITORY
 
@@ -36,6 +36,22 @@ def test_round_trip(tmp_path, task_file):
     assert task.labels == ("first", "second")
     write_task(tmp_path / "task.jsonl", task)
     assert read_task(tmp_path / "task.jsonl") == task
+
+
+def test_what_a_text_was_taken_from_is_numbered_or_unknown(tmp_path):
+    lines = [f"{name},{label},{split},doc-{name}" for split in SPLITS for name, label in (("b", 0), ("a", 1), ("b", 1))]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label,split,group", *lines, "c,1,train,"]))
+    task = load_task("t.csv", {}, tmp_path, 0)
+    assert [example.group for example in task.splits["train"]] == ["doc-b", "doc-a", "doc-b", None]
+    assert groups(task.splits["test"])["groups"].tolist() == [1, 0, 1]
+    assert groups(task.splits["train"]) == {}
+    write_task(tmp_path / "task.jsonl", task)
+    assert read_task(tmp_path / "task.jsonl") == task
+
+
+def test_the_passages_of_an_address_are_a_group():
+    task = load_task("era", load_corpus("sotu", REPOSITORY), REPOSITORY, 480)
+    assert [int(groups(task.splits[split])["groups"].max()) + 1 for split in SPLITS] == [193, 20, 20]
 
 
 def test_json_lines_with_integer_labels_plain_or_compressed(tmp_path):
