@@ -42,7 +42,7 @@ AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) 
 # torch's grouped matrix product asks for rows of whole 16 bytes, which are 8 numbers of the smaller types.
 GROUPED = 8
 
-Corruption = Literal["swap", "delete", "insert", "repeat", "replace", "keyboard", "word", "case", "whitespace"]
+Corruption = Literal["swap", "delete", "insert", "replace", "keyboard", "word", "case", "whitespace"]
 
 # What results call the language model, conditions and families of them.
 RESERVED = {"language", "clean", "noise", "attack", "shift", "greedy", "raw", *get_args(Corruption)}
@@ -164,19 +164,15 @@ class Training(Section):
 
 
 class Pretrain(Training):
-    noise: Share = 0.0
     validate_tokens: Count
 
 
 class Warmup(Training):
-    noise: Share = 0.0
-    consistency: float = 0.0
     validate_tokens: Count
     kmeans_tokens: Count
 
 
 class Finetune(Training):
-    noise: Share = 0.0
     crop: Count
     validate_passages: Count
     weight_decay: Annotated[float, Field(ge=0)]
@@ -186,7 +182,6 @@ class Finetune(Training):
 
 
 class Robustness(Section):
-    split: Literal["valid", "test"] = "test"
     kinds: Annotated[tuple[Corruption, ...], AsTuple, Field(min_length=1), Distinct]
     rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1), Rising]
     segments: Count

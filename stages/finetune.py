@@ -98,8 +98,7 @@ def _fit(
         adam(model, settings.learning_rate, settings.beta2, settings.weight_decay),
         settings,
         objective=classification_objective(
-            model, examples["train"], batch=settings.batch, crop=settings.crop, seed=cell.seed, pad=pad, mode=mode,
-            noise=settings.noise
+            model, examples["train"], batch=settings.batch, crop=settings.crop, seed=cell.seed, pad=pad, mode=mode
         ),
         validate=lambda: _scores(classify(model, examples["valid"].ids, pad, mode), examples["valid"]),
         score="nats",

@@ -58,7 +58,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         adam(model, settings.learning_rate, settings.beta2),
         settings,
         objective=language_objective(
-            model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit, steps=settings.steps, noise=settings.noise
+            model, tokens["train"], batch=settings.batch, seed=cell.seed, mode=mode, unit=unit, steps=settings.steps
         ),
         validate=validate,
         score=unit,

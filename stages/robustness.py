@@ -150,7 +150,7 @@ class Bench:
 
     def language(self, model: Transformer, mode: Mode, record: Record) -> tuple[RoutingTally, list[dict[str, float]]]:
         tokens, pad = self.tokenizer, self.tokenizer.pad
-        clean_segments = segments(open_tokens(self.paths.data / f"{self.settings.split}.npy", tokens.size), self.context, self.settings.segments)
+        clean_segments = segments(open_tokens(self.paths.data / "test.npy", tokens.size), self.context, self.settings.segments)
         inputs, experts = clean_segments[:, :-1], model.moe_layers[0].experts.count
         tally = RoutingTally(model)
         given = texts(inputs, self.context, pad)
@@ -182,7 +182,7 @@ class Bench:
 
     def classifier(self, model: Classifier, task: Task, record: Record) -> tuple[RoutingTally, list[dict[str, float]]]:
         mode, pad, view_name = model.backbone.infer_mode, self.tokenizer.pad, self.params.data.view
-        passages = spaced(task.splits[self.settings.split], self.settings.passages)
+        passages = spaced(task.splits["test"], self.settings.passages)
         encoded = encode_examples(passages, task.labels, self.tokenizer, view_name, self.context)
         labels_S = torch.as_tensor(encoded.labels)
         # Tokens made of noisy text have no clean ones to be compared with.

@@ -53,16 +53,6 @@ def insert(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.
     return np.insert(symbols, places, rng.choice(alphabet.symbols, len(places))), source
 
 
-def repeat(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
-    """Put each symbol twice with probability `rate`."""
-    places = np.flatnonzero(rng.random(len(symbols)) < rate)
-    return _put_twice(symbols, places)
-
-
-def _put_twice(symbols: np.ndarray, places: np.ndarray) -> Noisy:
-    return np.insert(symbols, places, symbols[places]), np.insert(np.arange(len(symbols)), places, -1)
-
-
 def replace(symbols: np.ndarray, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:
     """Replace each symbol with probability `rate` by another one of the alphabet."""
     noisy = symbols.copy()
@@ -125,7 +115,7 @@ def _put_before(symbols: np.ndarray, kept: np.ndarray, before: np.ndarray, put: 
     return np.insert(symbols[kept], places, np.tile(put, len(before))), np.insert(kept, places, -1)
 
 
-KINDS = {kind.__name__: kind for kind in (swap, delete, insert, repeat, replace, keyboard, word, case, whitespace)}
+KINDS = {kind.__name__: kind for kind in (swap, delete, insert, replace, keyboard, word, case, whitespace)}
 
 
 def corrupt(symbols: np.ndarray, kind: str, rate: float, alphabet: Alphabet, rng: np.random.Generator) -> Noisy:

@@ -165,9 +165,6 @@ class Block(nn.Module):
         return moe_norm(x_BTD + y_BTD), output
 
     def _mix(self, x_BTD: Tensor, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor | None) -> tuple[Tensor, LayerOutput]:
-        self.moe.valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if valid_BT is None else valid_BT
-        if hasattr(self.moe, "quantizer"):
-            self.moe.quantizer.valid_BT = self.moe.valid_BT
         if valid_BT is None:
             output = self.moe(x_BTD.flatten(0, 1), mode, tokens_BT.flatten())
             return self.dropout(output.y_ND.view_as(x_BTD)), output

@@ -33,7 +33,7 @@ class SparseMoE(nn.Module):
         route = self.router.dense if mode == "dense" else self.router
         routing = route(x_ND, id_N)
         routing, y_NKD = self.router.settle(routing, apply_experts(self.experts, x_ND, routing.index_NK))
-        y_ND, scores_NE = combine(y_NKD, routing.weight_NK), routing.scores_NE
+        y_ND, scores_NE = combine(y_NKD, routing.weight_NK), routing.scores_NE.detach()
         return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=scores_NE)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
@@ -84,8 +84,6 @@ class VQMoE(nn.Module):
         balance: Annotated[float, Field(ge=0)]
         quantizer: Literal[*QUANTIZERS]
         codes: Annotated[int, Field(gt=0)]
-        codebooks: Annotated[int, Field(gt=0)] = 1
-        hysteresis: Annotated[float, Field(ge=0)] = 0.0
         code_width: Annotated[int, Field(gt=0)]
         input: Literal["code", "blend", "residual"]
         blend: Annotated[float, Field(ge=0, le=1)]
@@ -129,7 +127,7 @@ class VQMoE(nn.Module):
         if mode == "both" and self.training and torch.rand(()) < self.settings.drop_routed:
             mode = "discrete"
         quantized = self.quantizer(x_ND)
-        coded = (quantized.code_N, quantized.error, None if quantized.scores_NC is None else quantized.scores_NC)
+        coded = (quantized.code_N, quantized.error, None if quantized.scores_NC is None else quantized.scores_NC.detach())
         weights = {"codebook": self.settings.beta, "commitment": self.settings.beta * self.settings.commitment}
         losses = {name: Loss(value, weights[name]) for name, value in quantized.losses.items()}
         expert_N1 = (quantized.code_N % self.experts.count)[:, None]
