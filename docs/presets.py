@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from pipeline import config
-from pipeline.config import Data, Model, Params
+from pipeline.config import ImageParams, Params, TextData, TextModel, TextParams
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.models.build import Spec, build
-from pipeline.models.flops import active_parameters, flops_per_token
+from pipeline.models.flops import active_parameters, flops_per_patch, flops_per_token
 from pipeline.models.transformer import Transformer
+from pipeline.models.vit import Vit
 from pipeline.moe.layer import SETTINGS, Mode
 from pipeline.moe.routers.base import Settings
 
@@ -84,7 +85,17 @@ A table for all presets whose models differ in the vocabulary alone.
 - `smoe_dropout` and `hyperrouter` begin training with half of the experts and end with all, which is what stands here. What
   `competesmoe` spends on competitions (in 7 % of a layer's steps), and what `drop_routed` may save, is not counted.
 
-{costs}## Other tasks
+{costs}## Vision
+
+`vision/digits` and `vision/cifar10` are sized for two CPU cores; `paper/<set>-vit-<size>` are the usual sizes of a ViT (tiny:
+width 192, small: 384, base: 768; 12 blocks, experts in every other one), for a GPU; their training settings are ours, since the
+paper gives none. `vision/cifar10` and the others fetch what torchvision knows; see [data/README.md](../data/README.md).
+
+Parameters and active parameters in millions, all of the model, for ten labels; MFLOPs of a forward pass per patch, without a
+limit for `vmoe`'s experts, which save what they turn away in training. `softmoe` has twice as many slots as there are patches.
+
+{vision}
+## Other tasks
 
 The paper's presets fine-tune SST-2. For another task name it under `data.tasks` and change all of these, with `-S
 finetune.steps=2670` and so on after `dvc exp run`, which keeps the language models, or after `vqmoe train`:
@@ -114,11 +125,19 @@ def load() -> dict[str, Params]:
     return {name: config.load(files[name], SETTINGS) for name in sorted(files)}
 
 
-def language_model(model: Model, method: str, settings: Settings, ids: int) -> Transformer:
+def texts(presets: Mapping[str, Params]) -> dict[str, TextParams]:
+    return {name: params for name, params in presets.items() if isinstance(params, TextParams)}
+
+
+def images(presets: Mapping[str, Params]) -> dict[str, ImageParams]:
+    return {name: params for name, params in presets.items() if isinstance(params, ImageParams)}
+
+
+def language_model(model: TextModel, method: str, settings: Settings, ids: int) -> Transformer:
     return build(Spec(kind="language-model", method=method, settings=settings, model=model, vocabulary=ids)).eval()
 
 
-def vocabulary(data: Data) -> int:
+def vocabulary(data: TextData) -> int:
     """Number of ids, padding included."""
     if data.tokenizer in ("bytes", "characters"):
         return Tokenizer.make(data.tokenizer, (), 0).size
@@ -155,7 +174,7 @@ def costs(presets: Mapping[str, Params]) -> str:
 
 
 @cache
-def _work(model: Model, method: str, settings: Settings) -> tuple[str, ...]:
+def _work(model: TextModel, method: str, settings: Settings) -> tuple[str, ...]:
     """Modes, active parameters and MFLOPs per token, in training and at inference."""
     made = language_model(model, method, settings, ids=1)  # of an embedding of ids, a token meets one row
     cells = []
@@ -163,6 +182,27 @@ def _work(model: Model, method: str, settings: Settings) -> tuple[str, ...]:
         flops = flops_per_token(made, mode, model.context, memory)
         cells += [short(active(made, mode) / MILLION), short(flops / MILLION)]
     return ", ".join(dict.fromkeys((made.train_mode, made.infer_mode))), *cells
+
+
+def image_classifier(params: ImageParams, method: str, labels: int = 10) -> Vit:
+    channels = 3 if params.data.view == "rgb" else 1
+    described = {"settings": params.method(method), "model": params.model, "channels": channels, "size": params.prepare.size}
+    return build(Spec(kind="image-classifier", method=method, labels=tuple(map(str, range(labels))), **described)).eval()
+
+
+def vision(presets: Mapping[str, ImageParams]) -> str:
+    """Table of parameters and work of the methods of each grid, for ten labels."""
+    heads = ["preset", "method", "modes", "parameters", "active, training", "MFLOPs", "active, inference", "MFLOPs"]
+    rows = []
+    for name, params in presets.items():
+        for method in params.grid.methods:
+            model = image_classifier(params, method)
+            modes, cells = (model.train_mode, model.infer_mode), [short(count(model) / MILLION)]
+            for mode in modes:
+                cells.append(short(active_parameters(model, mode) / MILLION))
+                cells.append(short(flops_per_patch(model, mode) / MILLION))
+            rows.append((f"`{name}`", method, ", ".join(dict.fromkeys(modes)), *cells))
+    return table(heads, rows)
 
 
 def active(model: Transformer, mode: Mode) -> int:
@@ -212,5 +252,5 @@ def _groups(values: Mapping[str, tuple]) -> list[tuple[tuple, list[str]]]:
 
 if __name__ == "__main__":
     found = load()
-    text = TEXT.format(sizes=sizes(found), costs=costs(found), tasks=tasks())
+    text = TEXT.format(sizes=sizes(texts(found)), costs=costs(texts(found)), vision=vision(images(found)), tasks=tasks())
     (ROOT / "docs/presets.md").write_text(text, encoding="utf-8")

@@ -44,8 +44,18 @@ GROUPED = 8
 
 Corruption = Literal["swap", "delete", "insert", "replace", "keyboard", "word", "case", "whitespace"]
 
-# What results call the language model, conditions and families of them.
-RESERVED = {"language", "clean", "noise", "attack", "shift", "greedy", "raw", *get_args(Corruption)}
+# How data is seen; it tells text from images.
+TextView = Literal["text27", "bytes"]
+ImageView = Literal["grey", "rgb"]
+
+ImageCorruption = Literal[
+    "gaussian_noise", "shot_noise", "impulse_noise", "gaussian_blur", "motion_blur", "brightness", "contrast", "pixelate", "jpeg"
+]
+ImageAttack = Literal["fgsm", "pgd"]
+
+# What results call the pre-trained model, conditions and families of them.
+_CONDITIONS = {*get_args(Corruption), *get_args(ImageCorruption), *get_args(ImageAttack), "greedy", "raw"}
+RESERVED = {"language", "images", "clean", "noise", "attack", "shift", *_CONDITIONS}
 
 
 # Noise that tokens other than single characters cannot have.
@@ -73,7 +83,13 @@ class Section(BaseModel):
 
 
 class MethodSettings(Protocol):
-    """What a method's settings class offers beside its fields."""
+    """What a method's settings class offers beside its fields.
+
+    `causal`: what a token gets depends on no other; `needs_ids`: tokens are routed by their ids.
+    """
+
+    causal: bool
+    needs_ids: bool
 
     def check(self, experts: int) -> None:
         """Raise ValueError("<key> is <value>: <what is allowed>") if the settings do not fit `experts` experts."""
@@ -85,10 +101,9 @@ class Grid(Section):
 
 
 class Data(Section):
+    """What both kinds of data have in common; `view` tells them apart."""
+
     corpus: Name
-    view: Literal["text27", "bytes"]
-    tokenizer: Literal["bytes", "characters", "words", "bpe"]
-    vocabulary: Annotated[int, Field(ge=0)]
     tasks: Annotated[dict[Key, Name], Field(min_length=1)]
     shifts: dict[Key, Name]
 
@@ -99,8 +114,14 @@ class Data(Section):
             raise ValueError(f"has the name '{name}', which results use for something else; choose another")
         return value
 
+
+class TextData(Data):
+    view: TextView
+    tokenizer: Literal["bytes", "characters", "words", "bpe"]
+    vocabulary: Annotated[int, Field(ge=0)]
+
     @model_validator(mode="after")
-    def _tokenizer_fits(self) -> "Data":
+    def _tokenizer_fits(self) -> "TextData":
         if self.tokenizer == "characters" and self.view != "text27":
             raise ValueError(f"tokenizer is 'characters': view is '{self.view}', must be text27")
         if self.tokenizer == "bpe" and self.vocabulary < 256:
@@ -110,32 +131,51 @@ class Data(Section):
         return self
 
 
-class Prepare(Section):
+class ImageData(Data):
+    view: ImageView
+
+
+class TextPrepare(Section):
     passage: Annotated[int, Field(ge=16)]
     vocabulary: Annotated[int, Field(ge=100)]
 
 
+class ImagePrepare(Section):
+    size: Annotated[int, Field(ge=8)]
+    valid: Annotated[float, Field(gt=0, lt=1)]
+    broken: Literal["refuse", "skip"]
+
+
 class Model(Section):
+    """What both backbones have in common."""
+
     layers: Count
     width: Count
     heads: Count
     head_width: Count
     experts: Count
     expert_width: Count
+    dropout: Share
+
+    @model_validator(mode="after")
+    def _grouped(self) -> "Model":
+        for name in ("width", "expert_width"):
+            if getattr(self, name) % GROUPED:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be a multiple of {GROUPED}, for grouped products")
+        return self
+
+
+class TextModel(Model):
     context: Annotated[int, Field(ge=8)]
     memory: Length
     evaluate_context: Count
     evaluate_memory: Length
-    dropout: Share
     norm: Literal["pre", "post"]
     positions: Literal["rotary", "learned", "relative"]
     cutoffs: Annotated[tuple[Count, ...], AsTuple, Rising]
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> "Model":
-        for name in ("width", "expert_width"):
-            if getattr(self, name) % GROUPED:
-                raise ValueError(f"{name} is {getattr(self, name)}: must be a multiple of {GROUPED}, for grouped products")
+    def _keys_agree(self) -> "TextModel":
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"head_width is {self.head_width}: must be even for rotary positions")
         if self.positions != "relative":
@@ -151,6 +191,22 @@ class Model(Section):
         return self
 
 
+class VisionModel(Model):
+    """A vision Transformer: its blocks `expert_blocks`, counted from 0, have experts, the others one dense feed-forward."""
+
+    patch: Count
+    expert_blocks: Annotated[tuple[Length, ...], AsTuple, Field(min_length=1), Rising]
+    dense_width: Count
+    shared_width: Length
+    pooling: Literal["class", "mean"]
+
+    @model_validator(mode="after")
+    def _blocks_exist(self) -> "VisionModel":
+        if self.expert_blocks[-1] >= self.layers:
+            raise ValueError(f"expert_blocks has {self.expert_blocks[-1]}: must be below layers ({self.layers})")
+        return self
+
+
 class Training(Section):
     """What every training stage needs: a budget in steps, an optimizer and how often to validate."""
 
@@ -160,28 +216,45 @@ class Training(Section):
     beta2: Annotated[float, Field(gt=0, lt=1)]
     ramp: Share
     clip: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
     validate_every: Count
 
 
-class Pretrain(Training):
+class TextPretrain(Training):
     validate_tokens: Count
 
 
-class Warmup(Training):
+class TextWarmup(Training):
     validate_tokens: Count
     kmeans_tokens: Count
 
 
-class Finetune(Training):
+class TextFinetune(Training):
     crop: Count
     validate_passages: Count
-    weight_decay: Annotated[float, Field(ge=0)]
     pooling: Literal["last", "mean"]
     head_dropout: Share
     scratch: bool
 
 
-class Robustness(Section):
+class ImageTraining(Training):
+    """How training images vary and labels are softened; validation sees evenly spaced images as they are."""
+
+    pad: Length
+    flip: bool
+    smoothing: Share
+    validate_images: Count
+
+
+class ImageWarmup(ImageTraining):
+    kmeans_images: Count
+
+
+class ImageFinetune(ImageTraining):
+    scratch: bool
+
+
+class TextRobustness(Section):
     kinds: Annotated[tuple[Corruption, ...], AsTuple, Field(min_length=1), Distinct]
     rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1), Rising]
     segments: Count
@@ -189,6 +262,16 @@ class Robustness(Section):
     attack_rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1), Rising]
     attack_queries: Annotated[int, Field(ge=6)]
     attack_texts: Count
+
+
+class ImageRobustness(Section):
+    kinds: Annotated[tuple[ImageCorruption, ...], AsTuple, Field(min_length=1), Distinct]
+    severities: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], AsTuple, Field(min_length=1), Rising]
+    images: Count
+    attacks: Annotated[tuple[ImageAttack, ...], AsTuple, Field(min_length=1), Distinct]
+    attack_eps: Annotated[tuple[Annotated[float, Field(gt=0, le=255)], ...], AsTuple, Field(min_length=1), Rising]
+    attack_steps: Count
+    attack_images: Count
 
 
 class Compute(Section):
@@ -206,17 +289,17 @@ class Tracking(Section):
 
 
 class Params(Section):
-    """All of params.yaml."""
+    """All of params.yaml; `TextParams` or `ImageParams`, by data.view."""
 
     grid: Grid
     data: Data
-    prepare: Prepare
+    prepare: Section
     model: Model
     methods: dict[str, Any]
-    pretrain: Pretrain
-    warmup: Warmup
-    finetune: Finetune
-    robustness: Robustness
+    pretrain: Training
+    warmup: Training
+    finetune: Training
+    robustness: Section
     compute: Compute
     report: Report
     tracking: Tracking
@@ -237,18 +320,9 @@ class Params(Section):
         return typed
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> "Params":
+    def _methods_fit(self) -> "Params":
         for name in self.grid.methods:
             self.method(name)
-        if self.finetune.crop > self.model.context:
-            raise ValueError(f"finetune.crop is {self.finetune.crop}: at most model.context ({self.model.context})")
-        for kind in self.robustness.kinds:
-            if self.data.tokenizer in ("words", "bpe") and kind in _OF_CHARACTERS:
-                raise ValueError(f"robustness.kinds has {kind}: impossible with data.tokenizer {self.data.tokenizer}; drop it")
-            if kind == "case" and self.data.view == "text27":
-                raise ValueError(
-                    "robustness.kinds has case: data.view text27 has no capitals, a model of it never met one; drop it"
-                )
         return self
 
     def method(self, name: str) -> Any:
@@ -277,6 +351,54 @@ class Params(Section):
         if method is not None:
             chosen.method = self.method(method)
         return chosen
+
+
+class TextParams(Params):
+    data: TextData
+    prepare: TextPrepare
+    model: TextModel
+    pretrain: TextPretrain
+    warmup: TextWarmup
+    finetune: TextFinetune
+    robustness: TextRobustness
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "TextParams":
+        for name in self.grid.methods:
+            if not self.methods[name].causal:
+                raise ValueError(
+                    f"grid.methods has {name}: it looks at other tokens, those that are to be predicted among them, so it is for "
+                    "images; drop it" + (", or set methods.vmoe.capacity: 0" if name == "vmoe" else "")
+                )
+        if self.finetune.crop > self.model.context:
+            raise ValueError(f"finetune.crop is {self.finetune.crop}: at most model.context ({self.model.context})")
+        for kind in self.robustness.kinds:
+            if self.data.tokenizer in ("words", "bpe") and kind in _OF_CHARACTERS:
+                raise ValueError(f"robustness.kinds has {kind}: impossible with data.tokenizer {self.data.tokenizer}; drop it")
+            if kind == "case" and self.data.view == "text27":
+                raise ValueError(
+                    "robustness.kinds has case: data.view text27 has no capitals, a model of it never met one; drop it"
+                )
+        return self
+
+
+class ImageParams(Params):
+    data: ImageData
+    prepare: ImagePrepare
+    model: VisionModel
+    pretrain: ImageTraining
+    warmup: ImageWarmup
+    finetune: ImageFinetune
+    robustness: ImageRobustness
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "ImageParams":
+        for name in self.grid.methods:
+            if self.methods[name].needs_ids:
+                raise ValueError(f"grid.methods has {name}: it routes tokens by their ids, which patches do not have; drop it")
+        if self.prepare.size % self.model.patch:
+            raise ValueError(f"model.patch is {self.model.patch}: must divide prepare.size ({self.prepare.size})")
+        return self
 
 
 class _Nested(Exception):
@@ -309,17 +431,38 @@ def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterabl
         raise UsageError(f"{path}: holds {type(raw).__name__}, expected sections ({', '.join(Params.model_fields)})")
     for override in overrides:
         _apply(raw, override)
+    kind = _kind(path, raw)
     if method is not None and isinstance(raw.get("grid"), dict):
         raw["grid"]["methods"] = [method]
     try:
-        return Params.model_validate(raw, context={"settings": settings})
+        return kind.model_validate(raw, context={"settings": settings})
     except ValidationError as error:
-        raise UsageError(f"{path}: {_line(error, (), raw, Params)}") from None
+        raise UsageError(f"{path}: {_line(error, (), raw, kind)}") from None
     except UsageError as error:  # of a method that the grid names
         raise UsageError(f"{path}: {error}") from None
     except _Nested as nested:
         part = raw["methods"][nested.name]
         raise UsageError(f"{path}: {_line(nested.error, ('methods', nested.name), part, settings[nested.name])}") from None
+
+
+def _kind(path: Path, raw: dict[str, Any]) -> type[Params]:
+    """Params of text or of images, as data.view says."""
+    data, model = raw.get("data"), raw.get("model")
+    if not isinstance(data, dict) or "view" not in data:
+        return TextParams
+    view = data["view"]
+    if view not in (*get_args(TextView), *get_args(ImageView)):
+        raise UsageError(
+            f"{path}: data.view is {view!r}: expected {' or '.join(get_args(TextView))} (text), "
+            f"{' or '.join(get_args(ImageView))} (images)"
+        )
+    kind = ImageParams if view in get_args(ImageView) else TextParams
+    if isinstance(model, dict) and model and ("patch" in model) != (kind is ImageParams):
+        begin = "vision/digits" if kind is ImageParams else "evidence/text"
+        raise UsageError(
+            f"{path}: data.view is {view!r}, but section model is that of another kind of data; begin with `vqmoe preset {begin}`"
+        )
+    return kind
 
 
 def fingerprint(value: Any) -> str:

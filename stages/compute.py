@@ -1,29 +1,20 @@
 """What training and inference cost in each mode of a method on this machine: FLOPs, time and memory."""
 
-from copy import deepcopy
 from itertools import count
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import nn
 
 from pipeline.config import Training
-from pipeline.data.batches import Examples, open_tokens, segments
-from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.compute import Work, measure, saving
-from pipeline.models.build import build
-from pipeline.models.flops import active_parameters, count_flops, flops_per_token
-from pipeline.models.heads import Classifier
-from pipeline.models.transformer import Transformer
+from pipeline.models.flops import active_parameters, count_flops
 from pipeline.training.loop import Log, Objective
-from pipeline.training.objectives import classification_objective, language_objective
 from pipeline.training.optim import adam
+from pipeline.training.problems import Problem
 from pipeline.training.seeding import seed_everything
+from stages import problems
 from stages.paths import Cell, Paths
-from stages.pretrain import language_model
-
-LABELS = 2
 
 
 def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
@@ -32,25 +23,22 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
 
     Of those three FLOPs are all of a step, backward included. Weights are random, labels made up, batches as in the stages.
     """
-    context = params.model.context
-    tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
-    tokens = open_tokens(paths.data / "train.npy", tokenizer.size)
+    source = problems.source(params, paths, cell)
     seed_everything(cell.seed, "compute")
-    model = build(language_model(params, cell, tokenizer))
+    model = source.fresh()
     modes = model.modes[:2]
-    sample = tokens[:: max(1, len(tokens) // context)]
     metrics = {
         "parameters": {
             "total": sum(parameter.numel() for parameter in model.parameters()),
             "active": {mode: active_parameters(model, mode) for mode in modes},
         },
-        "flops_per_token": {mode: flops_per_token(model, mode, context, params.model.memory, targets=sample) for mode in modes},
+        "flops_per_token": {mode: source.flops(model, mode) for mode in modes},
     }
-    works = _works(model, params, cell, tokens, tokenizer)
+    task = problems.made_up_task(params, cell, source)
+    works = _works(params, source, model, task)
     flops = {name: count_flops(work) for name, work in works.items()}
     measured = measure(works, params.compute.repeats)
-    language, passages = params.pretrain.batch * context, params.finetune.batch * params.finetune.crop
-    sizes = {"train": language, "finetune": passages, "infer": language}
+    sizes = {"train": source.step_tokens(), "finetune": task.step_tokens(), "infer": source.step_tokens()}
     for what, size in sizes.items():
         metrics[what] = {}
         for mode in modes:
@@ -77,31 +65,25 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     return metrics
 
 
-def _works(model: Transformer, params: SimpleNamespace, cell: Cell, tokens: np.ndarray, tokenizer: Tokenizer) -> dict[str, Work]:
+def _works(params: SimpleNamespace, source: Problem, model: nn.Module, task: Problem) -> dict[str, Work]:
     """`train`, `finetune` and `infer`, each in each mode, as `<what>/<mode>`."""
     pretrain, finetune = params.pretrain, params.finetune
-    texts = {
-        mode: language_objective(model, tokens, batch=pretrain.batch, seed=cell.seed, mode=mode, unit=tokenizer.unit)
-        for mode in model.modes[:2]
-    }
-    optimizer = adam(model, pretrain.learning_rate, pretrain.beta2)
+    optimizer = adam(model, pretrain.learning_rate, pretrain.beta2, pretrain.weight_decay)
     # Codes start in the first step. Half-way through a router's schedule a number of experts that grows is at its mean.
-    _training(model, optimizer, texts[model.train_mode], pretrain)()
+    _training(model, optimizer, source.objective(model, model.train_mode), pretrain)()
     model.begin_step(0.5)
-    classifier = Classifier(deepcopy(model), LABELS, finetune.pooling, finetune.head_dropout)
-    for layer in classifier.backbone.moe_layers:
+    tuned = task.fresh()
+    task.backbone(tuned).load_state_dict(model.state_dict())
+    task.backbone(tuned).begin_step(0.5)
+    for layer in task.backbone(tuned).moe_layers:
         layer.freeze_assignment()
-    tuning = adam(classifier, finetune.learning_rate, finetune.beta2, finetune.weight_decay)
-    crops = list(segments(tokens, finetune.crop, finetune.batch)[:, :-1])
-    examples = Examples(crops, np.arange(len(crops)) % LABELS)
+    tuning = adam(tuned, finetune.learning_rate, finetune.beta2, finetune.weight_decay)
     works = {}
-    for mode, text in texts.items():
-        passages = classification_objective(
-            classifier, examples, batch=finetune.batch, crop=finetune.crop, seed=cell.seed, pad=tokenizer.pad, mode=mode
-        )
-        works[f"train/{mode}"] = _training(model, optimizer, text, pretrain)
-        works[f"finetune/{mode}"] = _training(classifier, tuning, passages, finetune)
-        works[f"infer/{mode}"] = _inference(model, text)
+    for mode in model.modes[:2]:
+        objective = source.objective(model, mode)
+        works[f"train/{mode}"] = _training(model, optimizer, objective, pretrain)
+        works[f"finetune/{mode}"] = _training(tuned, tuning, task.objective(tuned, mode), finetune)
+        works[f"infer/{mode}"] = _inference(model, objective)
     return works
 
 

@@ -9,18 +9,19 @@ from typing import Any
 from pipeline import tracking
 from pipeline.config import Params, flat
 from pipeline.data.corpora import exists, source
+from pipeline.data.image_sets import image_source
 from pipeline.data.tasks import task_source
 from pipeline.errors import Failure
 from pipeline.files import read_json, write_json
-from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths, cells, read_result
+from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths, cells, of_images, read_result
 
 # Files of outputs/data each stage reads for its own purpose, and what for: recorded as the run's datasets.
 DATASETS = {
-    "pretrain": [("train.npy", "training"), ("test.npy", "test")],
+    "pretrain": [("train", "training"), ("test", "test")],
     "warmup": [("tasks", "training")],
     "finetune": [("tasks", "training")],
-    "robustness": [("test.npy", "test"), ("tasks", "test")],
-    "compute": [("train.npy", "training")],
+    "robustness": [("test", "test"), ("tasks", "test")],
+    "compute": [("train", "training")],
     "report": [],
 }
 
@@ -44,7 +45,7 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
             profile = _manifest(params.data, paths)
             for file, context in DATASETS[stage]:
                 if file != "tasks":
-                    run.dataset(params.data.corpus, paths.data / file, context, profile)
+                    run.dataset(params.data.corpus, _split(params.data, paths, file), context, profile)
                 for task in (cell.task,) if cell.task else params.data.tasks if file == "tasks" else ():
                     run.dataset(params.data.tasks[task], paths.task(task), context, profile)
         body = importlib.import_module(f"stages.{stage}").run
@@ -71,8 +72,17 @@ def _cost(started: float) -> dict[str, float]:
 
 def _sources(data: Any, paths: Paths) -> list[Path]:
     """Files or folders that corpus and task come from."""
-    corpora = [source(corpus, paths.root) for corpus in (data.corpus, *data.shifts.values())]
-    return [path for path in (*corpora, *(task_source(task, paths.root) for task in data.tasks.values())) if exists(path)]
+    if of_images(data.view):
+        named = [image_source(name, paths.root) for name in (data.corpus, *data.tasks.values(), *data.shifts.values())]
+    else:
+        named = [source(corpus, paths.root) for corpus in (data.corpus, *data.shifts.values())]
+        named += [task_source(task, paths.root) for task in data.tasks.values()]
+    return [path for path in named if exists(path)]
+
+
+def _split(data: Any, paths: Paths, split: str) -> Path:
+    """A split of what is pre-trained on: a file of tokens, a folder of images."""
+    return paths.source / (split if of_images(data.view) else f"{split}.npy")
 
 
 def _upstream_runs(stage: str, params: Params, paths: Paths, cell: Cell | None) -> dict[str, str]:
@@ -99,10 +109,10 @@ def _manifest(data: Any, paths: Paths) -> dict[str, Any]:
     for key, wanted in flat(data).items():
         if there.get(key) != wanted:
             raise Failure(f"{path}: {key} is {there.get(key)!r} there and {wanted!r} in params; {remedy}")
-    for file in (paths.data / "train.npy", paths.data / "test.npy", *map(paths.task, data.tasks)):
-        if not file.exists():
-            raise Failure(f"{file}: not found; {remedy}")
-    return {key: manifest.get(key) for key in ("corpus", "view", "tasks", "tokens", "examples")}
+    for path in (_split(data, paths, "train"), _split(data, paths, "test"), *map(paths.task, data.tasks)):
+        if not path.exists():
+            raise Failure(f"{path}: not found; {remedy}")
+    return {key: manifest.get(key) for key in ("corpus", "view", "tasks", "tokens", "examples") if key in manifest}
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

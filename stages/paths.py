@@ -17,11 +17,11 @@ TASK_STAGES = ("warmup", "finetune")
 # alone, fine-tuning those of its task: another task trains nothing again but its own models.
 SECTIONS = {
     "prepare": ("data", "prepare"),
-    "pretrain": ("model", "pretrain"),
+    "pretrain": ("data.view", "model", "pretrain"),
     "warmup": ("data.view", "model", "warmup"),
     "finetune": ("data.view", "model", "finetune"),
     "robustness": ("data", "model", "finetune", "robustness"),
-    "compute": ("model", "pretrain", "finetune", "compute"),
+    "compute": ("data.view", "model", "pretrain", "finetune", "compute"),
     "report": ("grid", "data", "report"),
 }
 
@@ -35,14 +35,14 @@ _TRAINING = (
     "pipeline/models",
     "pipeline/moe",
     "pipeline/training",
-    "stages/pretrain.py",
+    "stages/problems.py",
 )
 CODE = {
     "prepare": ("pipeline/progress.py", "pipeline/data", "stages/prepare.py"),
-    "pretrain": _TRAINING,
+    "pretrain": (*_TRAINING, "stages/pretrain.py"),
     "warmup": (*_TRAINING, "stages/warmup.py"),
     "finetune": (*_TRAINING, "stages/finetune.py"),
-    "robustness": (*_TRAINING, "pipeline/evaluation", "stages/finetune.py", "stages/robustness.py"),
+    "robustness": (*_TRAINING, "pipeline/evaluation", "stages/robustness.py"),
     "compute": (*_TRAINING, "pipeline/evaluation/compute.py", "stages/compute.py"),
     "report": ("pipeline/evaluation", "pipeline/moe", "stages/report.py"),
 }
@@ -56,6 +56,11 @@ UPSTREAM = {
     "compute": (),
     "report": (*GRID_STAGES, "compute"),
 }
+
+
+def of_images(view: str) -> bool:
+    """Whether `data.view` is one of images, and not of text."""
+    return view in ("grey", "rgb")
 
 
 def cells(stage: str, methods: Iterable[str], seeds: Iterable[int], tasks: Iterable[str]) -> "list[Cell]":
@@ -107,9 +112,14 @@ class Paths:
     def data(self) -> Path:
         return self.out / "outputs/data"
 
+    @property
+    def source(self) -> Path:
+        """What is pre-trained on."""
+        return self.data / "source"
+
     def task(self, name: str) -> Path:
         """A task's examples."""
-        return self.data / f"tasks/{name}.jsonl"
+        return self.data / "tasks" / name
 
     @property
     def report(self) -> Path:
@@ -131,12 +141,10 @@ class Paths:
             results = [self.out / "results" / grid_stage for grid_stage in (*GRID_STAGES, "compute")]
             outputs = [self.out / "outputs" / grid_stage for grid_stage in ("pretrain", "finetune", "robustness")]
             return [self.result("prepare"), *results, *outputs]
-        if stage == "compute":
-            return [self.data / name for name in ("train.npy", "tokenizer.json")]
-        if stage == "pretrain":
-            return [self.data / name for name in ("train.npy", "valid.npy", "test.npy", "tokenizer.json")]
-        data = [self.data / "tokenizer.json", self.task(cell.task)] if stage in TASK_STAGES else [self.data]
-        return [*data, *(self.output(upstream, cell) for upstream in UPSTREAM[stage])]
+        if stage in ("pretrain", "compute"):
+            return [self.source]
+        data = self.task(cell.task) if stage in TASK_STAGES else self.data
+        return [data, *(self.output(upstream, cell) for upstream in UPSTREAM[stage])]
 
     def outputs(self, stage: str, cell: Cell | None = None) -> list[Path]:
         """What a stage writes."""

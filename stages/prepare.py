@@ -1,77 +1,108 @@
-"""Read corpus and task, write tokens, tokenizer, task and a manifest with what there is and what to compare with."""
+"""Read what models learn from and are tested on, bring it into the form they read, and say what to compare scores with."""
 
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
+from pipeline.data import images
 from pipeline.data.archives import MIB, encoded
 from pipeline.data.batches import open_tokens, write_tokens
 from pipeline.data.corpora import SPLITS, Document, Split, load_corpus, stream
-from pipeline.data.references import compressors, language_references, tfidf
+from pipeline.data.references import compressors, language_references, pixels, tfidf
 from pipeline.data.tasks import Task, load_task, write_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
 from pipeline.files import digest, output_folder, write_json
 from pipeline.progress import Progress
-from stages.paths import Paths
+from stages.paths import Paths, of_images
 
 
 def run(params: SimpleNamespace, paths: Paths) -> dict:
-    """Returns counts and the references: bits per character of compressors on test, TF-IDF's accuracy in every task."""
+    """Writes what is pre-trained on (source/), tasks/, shifts/ and a manifest.
+
+    Returns counts and the references: bits per character of compressors on test, and in every task what a linear classifier
+    scores, of words (TF-IDF) or pixels.
+    """
+    with output_folder(paths.data) as folder:
+        for name in ("source", "tasks", "shifts"):
+            (folder / name).mkdir()
+        counts, more = (_images if of_images(params.data.view) else _texts)(params, paths, folder)
+        files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+        write_json(folder / "manifest.json", params.data.model_dump() | counts | more | {"sha256": files})
+    return counts | {key: more[key] for key in ("classes", "references") if key in more}
+
+
+def _texts(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     data = params.data
     corpus = load_corpus(data.corpus, paths.root)
     tasks = {name: load_task(source, corpus, paths.root, params.prepare.passage) for name, source in data.tasks.items()}
     shifts = {name: load_corpus(source, paths.root) for name, source in data.shifts.items()}
     tokenizer = Tokenizer.make(data.tokenizer, stream(corpus["train"], data.view), data.vocabulary)
-    with output_folder(paths.data) as folder:
-        with Progress("prepare", total=sum(corpus[split].size for split in SPLITS) / MIB, unit="MiB") as progress:
-            written = {
-                split: _write_split(folder / f"{split}.npy", corpus[split], data.view, tokenizer, progress) for split in SPLITS
-            }
-        for split in SPLITS:
-            if not written[split]["tokens"]:
-                raise Failure(
-                    f"data.view {data.view} leaves nothing of the {split} split, which has no letters a-z; use data.view: bytes"
-                )
-        (folder / "shifts").mkdir()
-        for name, shift in shifts.items():
-            _write_tokens(folder / f"shifts/{name}.npy", tokenizer, stream(shift["test"], data.view))
-        if data.view == "text27" and tokenizer.kind == "bytes":
-            _write_tokens(folder / "shifts/raw.npy", tokenizer, stream(corpus["test"], "bytes"))
-        tokenizer.save(folder / "tokenizer.json")
-        (folder / "tasks").mkdir()
-        for name, task in tasks.items():
-            write_task(folder / f"tasks/{name}.jsonl", task)
-        with Progress("references", total=1 + len(tasks)) as progress:
-            compressed = compressors(map(encoded, stream(corpus["test"], data.view)))
-            test = open_tokens(folder / "test.npy", tokenizer.size)
-            references = language_references(compressed, test, written["test"]["bytes"], tokenizer.unit)
-            progress.advance()
-            references["tfidf"] = {}
-            for name, task in tasks.items():
-                references["tfidf"][name] = tfidf(task, params.prepare.vocabulary, data.view)
-                progress.advance()
-        counts = {
-            **{key: {split: written[split][key] for split in SPLITS} for key in ("documents", "characters", "tokens")},
-            "examples": {name: {split: len(task.splits[split]) for split in SPLITS} for name, task in tasks.items()},
+    with Progress("prepare", total=sum(corpus[split].size for split in SPLITS) / MIB, unit="MiB") as progress:
+        written = {
+            split: _write_split(folder / f"source/{split}.npy", corpus[split], data.view, tokenizer, progress) for split in SPLITS
         }
-        labels = {name: {split: _labels(task, split) for split in SPLITS} for name, task in tasks.items()}
-        files = {path.name: digest(path) for path in sorted(folder.iterdir())}
-        write_json(
-            folder / "manifest.json",
-            {
-                **data.model_dump(),
-                "ids": tokenizer.size,
-                **counts,
-                "labels": labels,
-                "references": references,
-                "sha256": files,
-            },
-        )
-    return counts | {"references": references}
+    for split in SPLITS:
+        if not written[split]["tokens"]:
+            raise Failure(
+                f"data.view {data.view} leaves nothing of the {split} split, which has no letters a-z; use data.view: bytes"
+            )
+    for name, shift in shifts.items():
+        _write_tokens(folder / f"shifts/{name}.npy", tokenizer, stream(shift["test"], data.view))
+    if data.view == "text27" and tokenizer.kind == "bytes":
+        _write_tokens(folder / "shifts/raw.npy", tokenizer, stream(corpus["test"], "bytes"))
+    tokenizer.save(folder / "source/tokenizer.json")
+    for name, task in tasks.items():
+        write_task(folder / "tasks" / name, task)
+    with Progress("references", total=1 + len(tasks)) as progress:
+        compressed = compressors(map(encoded, stream(corpus["test"], data.view)))
+        test = open_tokens(folder / "source/test.npy", tokenizer.size)
+        references = language_references(compressed, test, written["test"]["bytes"], tokenizer.unit)
+        progress.advance()
+        references |= {"classifier": "TF-IDF", "tasks": {}}
+        for name, task in tasks.items():
+            references["tasks"][name] = tfidf(task, params.prepare.vocabulary, data.view)
+            progress.advance()
+    counts = {
+        **{key: {split: written[split][key] for split in SPLITS} for key in ("documents", "characters", "tokens")},
+        "examples": {name: {split: len(task.splits[split]) for split in SPLITS} for name, task in tasks.items()},
+    }
+    labels = {name: {split: _labels(task, split) for split in SPLITS} for name, task in tasks.items()}
+    return counts, {"ids": tokenizer.size, "labels": labels, "references": references}
+
+
+def _images(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    data, given = params.data, params.prepare
+    sources = {"images": data.corpus} | dict(data.tasks)
+    sets, counts = {}, {"examples": {}, "skipped": {}}
+    with Progress("prepare", total=len(sources) + len(data.shifts), unit="set") as progress:
+        for name, source in sources.items():
+            place = folder / "source" if name == "images" else folder / "tasks" / name
+            again = next((sets[other] for other, known in sources.items() if known == source and other in sets), None)
+            sets[name] = again or images.load_images(source, paths.root, data.view, given.size, given.valid, given.broken)
+            images.write_set(place, sets[name])
+            counts["examples"][name] = {split: len(sets[name].splits[split].labels_N) for split in SPLITS}
+            counts["skipped"][name] = sets[name].skipped
+            progress.advance()
+        for name, source in data.shifts.items():
+            classes = sets["images"].classes
+            shift, skipped = images.load_shift(source, paths.root, data.view, given.size, classes, given.broken)
+            images.write_images(folder / "shifts" / name, shift)
+            counts["skipped"][name] = skipped
+            progress.advance()
+    with Progress("references", total=len(sets)) as progress:
+        references: dict[str, Any] = {"classifier": "logistic regression on pixels", "tasks": {}}
+        known: dict[str, dict[str, float]] = {}
+        for name, found in sets.items():
+            if sources[name] not in known:
+                known[sources[name]] = pixels(found.splits["train"], found.splits["test"])
+            references["tasks"][name] = known[sources[name]]
+            progress.advance()
+    return counts, {"classes": {name: list(found.classes) for name, found in sets.items()}, "references": references}
 
 
 def _labels(task: Task, split: str) -> dict[str, int]:

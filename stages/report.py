@@ -15,10 +15,11 @@ from pipeline.errors import Failure
 from pipeline.evaluation import findings, plots, summary, tables
 from pipeline.evaluation.claims import Claim
 from pipeline.evaluation.exhibits import exhibits
-from pipeline.evaluation.grid import LANGUAGE, Grid
+from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid
 from pipeline.evaluation.html import Shown, page
+from pipeline.evaluation.pictures import Pictures
 from pipeline.files import output_file, output_folder, write_rows
-from stages.paths import Cell, Paths, read_result
+from stages.paths import Cell, Paths, of_images, read_result
 
 # Columns of the CSV files that hold text; all others are numbers or empty.
 TEXT = {"model", "mode", "family", "kind", "what"}
@@ -94,7 +95,9 @@ def read(params: SimpleNamespace, paths: Paths) -> Grid:
             for row in _numbers(paths.output(stage, Cell(method, seed)) / file)
         ]
 
+    base = IMAGES if of_images(params.data.view) else LANGUAGE
     grid = Grid(
+        base=base,
         methods=methods,
         seeds=seeds,
         tasks=tasks,
@@ -114,7 +117,8 @@ def read(params: SimpleNamespace, paths: Paths) -> Grid:
                 for row in _confusion(paths.output("finetune", Cell(method, seeds[0], task)) / "confusion.csv")
             ],
         },
-        units={method: [_units(paths, Cell(method, seed), tasks) for seed in seeds] for method in methods},
+        units={method: [_units(paths, Cell(method, seed), base, tasks) for seed in seeds] for method in methods},
+        pictures={m: Pictures.load(paths.output("robustness", Cell(m, seeds[0]))) for m in methods if base == IMAGES},
         resamples=params.report.resamples,
     )
     grid.check()
@@ -143,7 +147,7 @@ def _confusion(path: Path) -> list[dict[str, Any]]:
     """A row per true and predicted label."""
     (_, *labels), *lines = _lines(path)
     return [
-        {"true": true, "predicted": label, "passages": int(count)}
+        {"true": true, "predicted": label, "examples": int(count)}
         for true, *counts in lines
         for label, count in zip(labels, counts, strict=True)
     ]
@@ -162,12 +166,12 @@ def _lines(path: Path) -> list[list[str]]:
     return lines
 
 
-def _units(paths: Paths, cell: Cell, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def _units(paths: Paths, cell: Cell, base: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
     """What robustness kept of each text, and from pretrain and finetune what each text of the whole test split got."""
     file = "units.safetensors"
     units = _arrays(paths.output("robustness", cell) / file)
-    language = _arrays(paths.output("pretrain", cell) / file)
-    units |= {f"{LANGUAGE}/{mode}/test": bits_U for mode, bits_U in language.items()}
+    pretrained = _arrays(paths.output("pretrain", cell) / file)
+    units |= {f"{base}/{mode}/test": score_U for mode, score_U in pretrained.items()}
     for task in tasks:
         arrays = _arrays(paths.output("finetune", cell._replace(task=task)) / file)
         units[f"{task}/test"] = arrays.pop("correct")
@@ -194,7 +198,15 @@ def _text(
 ) -> str:
     few = findings.too_few(len(grid.seeds))
     modes = ", ".join(f"{method} {' then '.join(dict.fromkeys(grid.modes(method)))}" for method in grid.methods)
-    unknown = " and also spell what is <unk> to a model" if params.data.tokenizer == "words" else ""
+    if grid.base == IMAGES:
+        scores = (
+            "A token is a patch. Severities of noise are levels, 1 to 5; an attack's is by how many 255ths it may move a pixel."
+        )
+        reads = "The linear classifier reads pixels."
+    else:
+        unknown = " and also spell what is <unk> to a model" if params.data.tokenizer == "words" else ""
+        scores = f"Bits per character or perplexity: lower is better; compressors see the test split only{unknown}."
+        reads = "A classifier reads the first model.context tokens of a passage, TF-IDF all of it."
     lines = [
         "# Report",
         "",
@@ -207,11 +219,10 @@ def _text(
         main.markdown(),
         "",
         f"{f'{few}: intervals say nothing about another training run. ' if few else ''}"
-        "Means over seeds with 95 % bootstrap intervals in brackets or +/- standard deviation. Bits per character or perplexity: "
-        f"lower is better; compressors see the test split only{unknown}. Modes of pre-training and after it: {modes}. Lost to "
-        "noise: mean over all kinds and severities, positive when noise hurts; experts unchanged: share of assignments that "
-        "noise leaves as they were (fewer experts per token or an uneven load raise it by chance). A classifier reads the first "
-        "model.context tokens of a passage, TF-IDF all of it. Data: data/.",
+        "Means over seeds with 95 % bootstrap intervals in brackets or +/- standard deviation. "
+        f"{scores} Modes of pre-training and after it: {modes}. Lost to noise: mean over all kinds and severities, positive when "
+        "noise hurts; experts unchanged: share of assignments that noise leaves as they were (fewer experts per token or an "
+        f"uneven load raise it by chance). {reads} Data: data/.",
         "",
         *(
             [tables.pair_table(f"Pairs with {grid.methods[0]}", pairs, len(grid.seeds)).markdown(), ""]

@@ -86,7 +86,10 @@ def test_scientific_and_decimal_notation_are_the_same_number():
         ("robustness.kinds=[swop]", ["robustness.kinds.0 is 'swop'", "'swap', 'delete'"]),
         ("robustness.rates=[1.5]", ["robustness.rates.0 is 1.5", "less than or equal to 1"]),
         ("compute.repeats=1", ["compute.repeats is 1"]),
-        ("data.view=latin1", ["data.view is 'latin1'", "'text27' or 'bytes'"]),
+        ("data.view=latin1", ["data.view is 'latin1'", "text27 or bytes (text), grey or rgb (images)"]),
+        ("data.view=[]", ["data.view is []", "text27 or bytes (text)"]),
+        ("data.view=rgb", ["data.view is 'rgb'", "another kind of data", "`vqmoe preset vision/digits`"]),
+        ("grid.methods=[softmoe]", ["method 'softmoe' has no section under methods"]),
         ("data.tokenizer=letters", ["data.tokenizer is 'letters'", "'bytes', 'characters', 'words' or 'bpe'"]),
         (
             "data={corpus: sotu, view: bytes, tokenizer: characters, vocabulary: 0, tasks: {era: era}, shifts: {}}",
@@ -114,6 +117,56 @@ def test_bad_values_are_one_line_that_names_key_value_and_remedy(override, parts
     assert "\n" not in line
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.view=bytes", ["data.view is 'bytes'", "another kind of data", "`vqmoe preset evidence/text`"]),
+        ("model.patch=3", ["model.patch is 3", "must divide prepare.size (8)"]),
+        ("model.expert_blocks=[1, 4]", ["model: expert_blocks has 4", "must be below layers (4)"]),
+        ("model.expert_blocks=[]", ["model.expert_blocks", "at least 1 item"]),
+        ("model.expert_blocks=[3, 1]", ["model.expert_blocks", "must rise"]),
+        ("model.width=60", ["model: width is 60", "a multiple of 8"]),
+        ("model.context=8", ["unknown key model.context"]),
+        ("grid.methods=[stablemoe]", ["method 'stablemoe' has no section"]),
+        ("robustness.kinds=[swap]", ["robustness.kinds.0 is 'swap'", "'gaussian_noise'"]),
+        ("robustness.severities=[6]", ["robustness.severities.0 is 6", "less than or equal to 5"]),
+        ("robustness.attacks=[cw]", ["robustness.attacks.0 is 'cw'", "'fgsm' or 'pgd'"]),
+        ("prepare.broken=ignore", ["prepare.broken is 'ignore'", "'refuse' or 'skip'"]),
+        ("data.tasks={images: digits}", ["data.tasks: has the name 'images'", "choose another"]),
+        ("methods.vmoe.priority=first", ["methods.vmoe.priority is 'first'", "'batch' or 'none'"]),
+    ],
+)
+def test_bad_values_of_images(override, parts):
+    with pytest.raises(UsageError) as caught:
+        config.load(REPOSITORY / "presets/vision/digits.yaml", SETTINGS, [override])
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line
+
+
+def test_methods_for_the_other_kind_of_data_are_refused(tmp_path):
+    text, images = tmp_path / "text.yaml", tmp_path / "images.yaml"
+    more = {
+        "softmoe: {slots: 1}": ["grid.methods has softmoe", "is for images"],
+        "vmoe: {top_k: 2, balance: 0.01, capacity: 1.0, priority: batch}": ["grid.methods has vmoe", "methods.vmoe.capacity: 0"],
+    }
+    whole = (REPOSITORY / "params.yaml").read_text()
+    for section, parts in more.items():
+        name = section.partition(":")[0]
+        text.write_text(whole.replace("methods:\n  vqmoe:", f"methods:\n  {section}\n  vqmoe:"))
+        with pytest.raises(UsageError) as caught:
+            config.load(text, SETTINGS, [f"grid.methods=[{name}]"])
+        for part in parts:
+            assert part in str(caught.value)
+    config.load(text, SETTINGS, ["grid.methods=[vmoe]", "methods.vmoe.capacity=0.0"])
+    whole = (REPOSITORY / "presets/vision/digits.yaml").read_text()
+    stable = "stablemoe: {top_k: 2, balance: 0.3, distil: 0.3, distil_share: 0.1, token_width: 50}"
+    images.write_text(whole.replace("methods:\n  vqmoe:", f"methods:\n  {stable}\n  vqmoe:"))
+    with pytest.raises(UsageError, match=r"grid\.methods has stablemoe: it routes tokens by their ids"):
+        config.load(images, SETTINGS, ["grid.methods=[stablemoe]"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Shapes: S segments, B batch, R rows, T positions.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def open_tokens(path: Path, vocabulary: int | None = None) -> np.ndarray:
 def token_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int) -> Tensor:
     """Random segments (B, context + 1)."""
     _check_length(tokens, context)
-    starts = _generator(seed, step).integers(0, len(tokens) - context, batch)
+    starts = generator(seed, step).integers(0, len(tokens) - context, batch)
     return torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
 
 
@@ -75,7 +76,7 @@ def stream_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: 
     _check_length(tokens, context)
     length = _row_length(tokens, batch)
     count = -(-length // context)
-    place = (int(_generator(seed, 0, stream=3).integers(count)) + step - 1) % count
+    place = (int(generator(seed, 0, stream=3).integers(count)) + step - 1) % count
     first = place * context
     return torch.from_numpy(_rows(tokens, batch, first, min(context, length - first))), place == 0
 
@@ -116,22 +117,30 @@ def encode_examples(
     return Examples(ids, np.array([index[example.label] for example in examples], dtype=np.int64))
 
 
+def shuffled(count: int, batch: int, seed: int, step: int) -> list[int]:
+    """Which of `count` examples (B) the batch of `step` (from 1) has, going through all of them in shuffled epochs."""
+    chosen: list[int] = []
+    for position in range((step - 1) * batch, step * batch):
+        epoch, place = divmod(position, count)
+        chosen.append(int(_order(count, seed, epoch)[place]))
+    return chosen
+
+
 def example_batch(examples: Examples, batch: int, crop: int, seed: int, step: int) -> tuple[list[np.ndarray], Tensor]:
     """Ids and labels (B,) of the batch of `step` (from 1), going through the examples in shuffled epochs.
 
     Of an example longer than `crop` tokens a stretch of that length from a random place.
     """
-    count = len(examples.ids)
-    chosen: list[int] = []
-    for position in range((step - 1) * batch, step * batch):
-        epoch, place = divmod(position, count)
-        if not chosen or place == 0:
-            order = _generator(seed, epoch, stream=1).permutation(count)
-        chosen.append(int(order[place]))
+    chosen = shuffled(len(examples.ids), batch, seed, step)
     ids = [examples.ids[i] for i in chosen]
-    starts = _generator(seed, step, stream=2).integers(0, [max(1, len(sequence) - crop + 1) for sequence in ids])
+    starts = generator(seed, step, stream=2).integers(0, [max(1, len(sequence) - crop + 1) for sequence in ids])
     crops = [sequence[start : start + crop] for sequence, start in zip(ids, starts, strict=True)]
     return crops, torch.from_numpy(examples.labels[chosen])
+
+
+def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+    """Random numbers that depend on these three only; each use has a stream of its own."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, index))))
 
 
 def padded(ids: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +155,12 @@ def padded(ids: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(tokens), torch.tensor([len(sequence) for sequence in ids])
 
 
+# The order of a million images takes as long as a tenth of a step; two, since a batch may reach into the next epoch.
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, epoch, stream=1).permutation(count)
+
+
 def _row_length(tokens: np.ndarray, count: int) -> int:
     """Tokens that each of `count` rows predicts; the last row may end early."""
     return -(-(len(tokens) - 1) // count)
@@ -155,10 +170,6 @@ def _rows(tokens: np.ndarray, count: int, first: int, length: int) -> np.ndarray
     """Of each row of the text the tokens from `first` on (R, length + 1), -1 beyond the text's end."""
     place = first + np.arange(count)[:, None] * _row_length(tokens, count) + np.arange(length + 1)
     return np.where(place < len(tokens), tokens[np.minimum(place, len(tokens) - 1)].astype(np.int64), -1)
-
-
-def _generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, index))))
 
 
 def _check_length(tokens: np.ndarray, context: int) -> None:

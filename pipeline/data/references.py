@@ -6,11 +6,16 @@ import zlib
 from collections.abc import Iterable
 
 import numpy as np
+import torch
+from torchvision.transforms.v2 import functional
 
 from pipeline.data.corpora import view
+from pipeline.data.images import Images, spaced_images
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizers import Unit
 from pipeline.errors import Failure
+
+PIXEL_IMAGES, PIXEL_SIDE = 10_000, 32
 
 
 def compressors(chunks: Iterable[bytes]) -> dict[str, float]:
@@ -47,6 +52,32 @@ def language_references(compressed: dict[str, float], tokens: np.ndarray, size: 
     return {"bits_per_character": bits, "perplexity": {name: 2 ** (value * token_bytes) for name, value in bits.items()}}
 
 
+def pixels(train: Images, test: Images) -> dict[str, float]:
+    """Accuracy and macro-F1 on test of logistic regression on pixels, and the majority's share.
+
+    Of more than `PIXEL_IMAGES` images of a split it reads so many, evenly spaced, and large ones made smaller.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    given = {"train": spaced_images(train, PIXEL_IMAGES), "test": spaced_images(test, PIXEL_IMAGES)}
+    labels = {split: images.labels_N for split, images in given.items()}
+    x_train, x_test = (_small(images.pixels_NCHW) for images in given.values())
+    # Pixels are many and alike: with less of a penalty the fit does not converge, and is no better.
+    mean = x_train.mean(0)
+    model = LogisticRegression(C=0.01, max_iter=500).fit(x_train - mean, labels["train"])
+    return _scores(model.predict(x_test - mean), labels)
+
+
+def _small(pixels_NCHW: np.ndarray) -> np.ndarray:
+    """As rows of numbers from 0 to 1, of at most `PIXEL_SIDE` pixels a side."""
+    side = min(PIXEL_SIDE, pixels_NCHW.shape[2])
+    rows = [
+        functional.resize(torch.from_numpy(np.array(chunk)), [side, side], antialias=True).flatten(1)
+        for chunk in np.array_split(pixels_NCHW, -(-len(pixels_NCHW) // 256))
+    ]
+    return torch.cat(rows).numpy() / np.float32(255)
+
+
 def tfidf(task: Task, vocabulary: int, view_name: str) -> dict[str, float]:
     """Accuracy and macro-F1 on test of logistic regression on TF-IDF of words and word pairs, and the majority's share.
 
@@ -54,7 +85,6 @@ def tfidf(task: Task, vocabulary: int, view_name: str) -> dict[str, float]:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
 
     texts = {split: [view(example.text, view_name) for example in task.splits[split]] for split in ("train", "test")}
     labels = {split: np.array([task.labels.index(example.label) for example in task.splits[split]]) for split in texts}
@@ -67,7 +97,12 @@ def tfidf(task: Task, vocabulary: int, view_name: str) -> dict[str, float]:
     except ValueError:
         raise Failure(f"data.view {view_name} leaves no word in the task's training texts; use data.view: bytes") from None
     model = LogisticRegression(C=10.0, max_iter=200).fit(train, labels["train"])
-    predicted = model.predict(vectorizer.transform(texts["test"]))
+    return _scores(model.predict(vectorizer.transform(texts["test"])), labels)
+
+
+def _scores(predicted: np.ndarray, labels: dict[str, np.ndarray]) -> dict[str, float]:
+    from sklearn.metrics import f1_score
+
     majority = np.bincount(labels["train"]).argmax()
     return {
         "accuracy": float((predicted == labels["test"]).mean()),

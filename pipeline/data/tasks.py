@@ -19,6 +19,7 @@ csv.field_size_limit(2**31 - 1)
 
 ERA_FIRST, ERA_YEARS = 1790, 40
 FIELDS = ("text", "label", "split")
+EXAMPLES = "examples.jsonl"
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -78,9 +79,10 @@ def task_source(name: str, root: Path) -> Path:
     return published.source(name, root) if name in published.TASKS else root / name
 
 
-def write_task(path: Path, task: Task) -> None:
+def write_task(folder: Path, task: Task) -> None:
     """One JSON object per example."""
-    with open(path, "w", encoding="utf-8") as file:
+    folder.mkdir(parents=True)
+    with open(folder / EXAMPLES, "w", encoding="utf-8") as file:
         for split in SPLITS:
             for example in task.splits[split]:
                 group = {} if example.group is None else {"group": example.group}
@@ -88,8 +90,9 @@ def write_task(path: Path, task: Task) -> None:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read_task(path: Path) -> Task:
+def read_task(folder: Path) -> Task:
     """The task that `write_task` wrote."""
+    path = folder / EXAMPLES
     if not path.exists():
         raise Failure(f"{path}: not found; run `vqmoe prepare` again")
     return load_task(path.name, {}, path.parent, passage=0)

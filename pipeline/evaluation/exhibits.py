@@ -11,19 +11,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import PermutationMethod, pearsonr, rankdata
 
-from pipeline.evaluation import plots
+from pipeline.evaluation import patches, plots
 from pipeline.evaluation.findings import CLAIMED, flops_saving, time_saving
-from pipeline.evaluation.grid import LANGUAGE, Grid, Row, Sample
+from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid, Row, Sample
 from pipeline.evaluation.plots import Bars, Curve, Map, Panel, Point
 from pipeline.evaluation.summary import NAMES
 
-# More classes than these make no legible confusion map.
+# More classes than these make no legible confusion map, and more codes no legible picture of them.
 CLASSES = 100
+CODES = 64
+# Blocks whose patches are shown.
+DEEPEST = 4
 
 # Kinds of corruption whose names do not speak for themselves.
-KINDS = {"greedy": "adaptive attack", "raw": "raw text"}
+KINDS = {"greedy": "adaptive attack", "raw": "raw text", "fgsm": "FGSM", "pgd": "PGD"}
 
-BAND = "Bands: 95 % bootstrap intervals over seeds and test texts."
 SEEDS = "Lines: means over seeds; bands, with several seeds: from the lowest to the highest."
 
 
@@ -56,16 +58,20 @@ def exhibits(grid: Grid) -> Iterator[Exhibit]:
     yield from _saving(grid)
     for task in grid.tasks:
         yield from _confusion(grid, task)
+    for method in grid.pictures:
+        yield from _patches(grid, method)
+        yield from _codes(grid, method)
 
 
 def _training(grid: Grid) -> Exhibit:
     rows, column, name = grid.tables["history"], f"valid/{grid.unit}", NAMES[grid.unit]
+    scale, better = (100, "higher") if grid.unit == "accuracy" else (1, "lower")
     compressors = grid.prepared["references"]["bits_per_character"] if grid.unit == "bpc" else {}
     known = {f"{key} (test)": compressors[key] for key in ("gzip", "bz2", "xz") if key in compressors}
-    panel = Panel("", "training step", f"validation {name}", _over(grid, rows, "step", column))
+    panel = Panel("", "training step", f"validation {name}", _over(grid, rows, "step", column, scale))
     figure = plots.curves([panel], "Pre-training", known)
     dashed = " Dashed: compressors on the test split." if known else ""
-    caption = f"Validation {name} while pre-training, lower is better. {SEEDS}{dashed}"
+    caption = f"Validation {name} while pre-training, {better} is better. {SEEDS}{dashed}"
     return Exhibit("training", "Training curves", caption, figure, rows)
 
 
@@ -82,7 +88,7 @@ def _severity(grid: Grid, model: str) -> Exhibit:
         panels.append(Panel(kind, _changed(grid, model, kind), ylabel, lines))
     caption = (
         f"{name}, mode of inference, under every kind of noise against its severity. "
-        f"{'Lower' if model == LANGUAGE else 'Higher'} is better. {BAND}"
+        f"{'Lower' if model == LANGUAGE else 'Higher'} is better. {_band(grid)}"
     )
     return Exhibit(f"severity-{model}", f"{name} under noise", caption, plots.curves(panels, f"{name} under noise"), rows)
 
@@ -99,19 +105,21 @@ def _relative(grid: Grid, model: str) -> Exhibit:
             rows += found
         panels.append(Panel(kind, _changed(grid, model, kind), f"{_lost(model)}, less mean", lines))
     caption = (
-        "What each method lost to noise less the mean over the methods of the same texts, mode of inference. Below 0: loses less "
-        "than the mean of the methods. Bands: 95 % bootstrap intervals of the difference, paired by seed and text."
+        f"What each method lost to noise less the mean over the methods of the same {_units(grid)}, mode of inference. Below 0: "
+        "loses less than the mean of the methods. Bands: 95 % bootstrap intervals of the difference, paired by seed and by "
+        f"{_units(grid)}."
     )
     return Exhibit(f"relative-{model}", title, caption, plots.curves(panels, title, {"": 0.0}), rows)
 
 
 def _attack(grid: Grid) -> Iterator[Exhibit]:
     rows, panels = [], []
-    for model in grid.models:
+    kinds = dict.fromkeys(kind for m in grid.methods for model in grid.models for kind, _ in grid.conditions(m, model, "attack"))
+    xlabel = {"bpc": "characters changed, %", "perplexity": "tokens changed, %", "accuracy": "epsilon, 1/255"}[grid.unit]
+    for model, attack in itertools.product(grid.models, kinds):
         lines, random = {}, {}
-        xlabel = "characters changed, %" if grid.unit == "bpc" else "tokens changed, %"
         for method in grid.methods:
-            attacks = grid.conditions(method, model, "attack")
+            attacks = [one for one in grid.conditions(method, model, "attack") if one[0] == attack]
             noises = [("replace", rate) for _, rate in attacks] if _changed(grid, model, "replace") == xlabel else []
             noises = [noise for noise in noises if noise in grid.conditions(method, model, "noise")]
             for family, conditions, shown in (("attack", attacks, lines), ("noise", noises, random)):
@@ -122,15 +130,20 @@ def _attack(grid: Grid) -> Iterator[Exhibit]:
                     shown[method], found = _curve(grid, method, model, conditions[0][0], rates, samples, "lost")
                     rows += found
         if lines:
-            panels.append(Panel(_name(model), xlabel, _lost(model), lines, random))
+            title = _name(model) + (f": {attack.upper()}" if grid.base == IMAGES else "")
+            panels.append(Panel(title, xlabel, _lost(model), lines, random))
     if panels:
-        dashed = " Dashed: lost to as many random replacements." if any(panel.dashed for panel in panels) else ""
-        caption = (
-            "What is lost to an attack that knows the model, tries substitutions in random order and keeps those that hurt most; "
-            f"lower is better.{dashed} The attack has fewer texts than noise has. {BAND}"
+        how = (
+            "What is lost to perturbations of every pixel by at most epsilon that follow the gradient of the loss, once (FGSM) "
+            "or step by step from a random start (PGD); lower is better. The attacks have fewer images than noise has."
+            if grid.base == IMAGES
+            else "What is lost to an attack that knows the model, tries substitutions in random order and keeps those that hurt "
+            "most; lower is better. The attack has fewer texts than noise has."
         )
-        figure = plots.curves(panels, "Adaptive attack", dashed="random replacement")
-        yield Exhibit("attack", "Adaptive attack", caption, figure, rows)
+        dashed = " Dashed: lost to as many random replacements." if any(panel.dashed for panel in panels) else ""
+        figure = plots.curves(panels, "What attacks cost", dashed="random replacement")
+        title = "Attacks" if grid.base == IMAGES else "Adaptive attack"
+        yield Exhibit("attack", title, f"{how}{dashed} {_band(grid)}", figure, rows)
 
 
 def _degradation(grid: Grid) -> Iterator[Exhibit]:
@@ -145,16 +158,15 @@ def _degradation(grid: Grid) -> Iterator[Exhibit]:
                 lost = [row["degradation"] for row in scores if (row["method"], row["kind"]) == (method, kind)]
                 values[i, j] = _scale(model) * np.mean(lost) if lost else np.nan
             title = f"{_name(model)}: {' and '.join(families)}"
-            names = [KINDS.get(kind, kind) for kind in kinds]
+            names = [KINDS.get(kind, kind.replace("_", " ")) for kind in kinds]
             panels.append(Map(title, grid.methods, names, values, _lost(model), 2 if model == LANGUAGE else 1))
             rows += scores
         maps.append(panels)
     if rows:
         caption = (
             "What each corruption costs each method in the mode of inference, mean over severities and seeds; darker is better, "
-            "and every panel has its own scale. Adaptive attack: the characters that hurt most are changed; raw text: with its "
-            "punctuation, capitals and digits; other shifts: another corpus of that name. A model that is worse on clean text "
-            "has less to lose: read it beside the clean scores."
+            f"and every panel has its own scale. {_explained(grid)}A model that is worse on clean {_units(grid)} has less to "
+            "lose: read it beside the clean scores."
         )
         yield Exhibit("degradation", "Loss by corruption", caption, plots.heat_maps(maps, "Lost to each corruption"), rows)
 
@@ -220,7 +232,7 @@ def _routing(grid: Grid) -> Iterator[Exhibit]:
 
 
 def _layers(grid: Grid) -> Iterator[Exhibit]:
-    rows = [row for method in grid.methods for row in grid.layers(method, LANGUAGE)]
+    rows = [row for method in grid.methods for row in grid.layers(method, grid.base)]
     panels = [
         Panel(title, "layer", ylabel, lines)
         for column, title, ylabel, scale in (
@@ -233,8 +245,8 @@ def _layers(grid: Grid) -> Iterator[Exhibit]:
     ]
     if panels:
         caption = (
-            "The language model's layers in the mode of inference: how many assignments survive noise, and how far the experts "
-            f"have collapsed (cosine and CKA near 1, low rank). {SEEDS}"
+            f"The {_name(grid.base).lower()}'s layers in the mode of inference: how many assignments survive noise, and how far "
+            f"the experts have collapsed (cosine and CKA near 1, low rank). {SEEDS}"
         )
         yield Exhibit("layers", "Layer by layer", caption, plots.curves(panels, "Layer by layer"), rows)
 
@@ -253,8 +265,8 @@ def _load(grid: Grid, model: str) -> Iterator[Exhibit]:
             title = f"{_name(model)}: load of {what}s"
             even = " or ".join(f"{100 / count:.3g} %" for count in sorted({share.shape[1] for share in shares.values()}))
             caption = (
-                f"Share of clean test text that each {what} of each layer gets, seed {grid.seeds[0]}; bright is much. An even "
-                f"share would be {even} (white line in the colour bar)."
+                f"Share of the assignments on clean test {_units(grid)} that each {what} of each layer gets, seed "
+                f"{grid.seeds[0]}; bright is much. An even share would be {even} (white line in the colour bar)."
             )
             yield Exhibit(f"{what}-load-{model}", title, caption, plots.share_maps(shares, what, title), rows)
 
@@ -270,7 +282,7 @@ def _accuracy(grid: Grid) -> Exhibit:
             return 2**value if model == LANGUAGE and grid.unit == "perplexity" else _scale(model) * value
 
         low, high = score(estimate.low), score(estimate.high)
-        runs = _runs(grid, method, model, *(("pretrain", None) if model == LANGUAGE else ("finetune", model)))
+        runs = _runs(grid, method, model, *(("pretrain", None) if model == grid.base else ("finetune", model)))
         rows.extend(
             run | {"mode": mode, "measure": measure, "mflops": x, "score": score(one), "low": low, "high": high}
             for run, one in zip(runs, sample.values_SU.mean(1).tolist(), strict=True)
@@ -282,13 +294,13 @@ def _accuracy(grid: Grid) -> Exhibit:
         shown = {}
         for method in grid.methods:
             train, infer = grid.modes(method)
-            modes = (train, infer) if model == LANGUAGE and train != infer else (infer,)
+            modes = (train, infer) if model == grid.base and train != infer else (infer,)
             shown[method] = [point(method, model, mode, measure, mode != infer) for mode in modes]
         panels.append(Panel(_name(model), "MFLOPs per token", measure, shown))
     caption = (
-        f"Score of the whole test split against the FLOPs of a forward pass. {NAMES[grid.unit].capitalize()}: lower is better; "
-        "accuracy: higher is better. Bars: 95 % bootstrap intervals over seeds and test texts; methods are drawn a little apart, "
-        "so that those of the same FLOPs do not hide each other."
+        f"Score of the whole test split against the FLOPs of a forward pass. {_better(grid)}Accuracy: higher is better. "
+        f"Bars: 95 % bootstrap intervals over seeds and test {_units(grid)}; methods are drawn a little apart, so "
+        "that those of the same FLOPs do not hide each other."
     )
     figure = plots.points(panels, "Score against compute", apart=3)
     return Exhibit("accuracy-compute", "Score against compute", caption, figure, rows)
@@ -328,11 +340,58 @@ def _confusion(grid: Grid, task: str) -> Iterator[Exhibit]:
     place = {label: i for i, label in enumerate(labels)}
     matrices = {method: np.zeros((len(labels), len(labels)), dtype=int) for method in grid.methods}
     for row in rows:
-        matrices[row["method"]][place[row["true"]], place[row["predicted"]]] = row["passages"]
+        matrices[row["method"]][place[row["true"]], place[row["predicted"]]] = row["examples"]
     title = f"{task}: which label for which"
     figure = plots.confusion_maps(matrices, labels, f"Classifier on test of {task}, seed {grid.seeds[0]}")
-    caption = f"Share of the test passages of each true label (rows) that got each label (columns), seed {grid.seeds[0]}."
+    caption = f"Share of the test examples of each true label (rows) that got each label (columns), seed {grid.seeds[0]}."
     yield Exhibit(f"confusion-{task}", title, caption, figure, rows)
+
+
+def _patches(grid: Grid, method: str) -> Iterator[Exhibit]:
+    """The deepest layers of a method that chooses, on some test images."""
+    found, names = grid.pictures[method], grid.prepared["classes"][grid.base]
+    (run, *_) = _runs(grid, method, grid.base)
+    experts = len({row["index"] for row in grid.tables["load"] if row["method"] == method and row["what"] == "expert"})
+    assigned = {"expert": found.expert_LSVRK, "code": found.code_LSVRK}
+    for what, index_LSVRK in assigned.items():
+        # One expert is no choice, and where codes are as many as experts they say the same.
+        if index_LSVRK is None or experts < 2 or (what == "code" and index_LSVRK.max() < experts):
+            continue
+        shown = [
+            patches.Shown(
+                found.pixels_SVCHW[image, version],
+                condition,
+                names[found.label_S[image]],
+                names[found.predicted_SV[image, version]],
+                dict(list(zip(found.blocks, index_LSVRK[:, image, version], strict=True))[-DEEPEST:]),
+            )
+            for image in range(len(found.label_S))
+            for version, condition in enumerate(found.conditions)
+        ]
+        title = f"{method}: which {what} gets which patch"
+        colours = "" if what == "expert" else " Hue: the code's expert, lightness: the code."
+        caption = (
+            f"Test images, clean and corrupted, seed {grid.seeds[0]}, mode of inference; each patch in the colour of its first "
+            f"{what}, in the deepest blocks with experts. Framed: another {what} than on the clean image.{colours}"
+        )
+        rows = [run | {"mode": grid.modes(method)[1]} | row for row in patches.patch_rows(shown, what)]
+        yield Exhibit(f"patches-{what}-{method}", title, caption, patches.patch_grid(shown, experts, what, title), rows)
+
+
+def _codes(grid: Grid, method: str) -> Iterator[Exhibit]:
+    (run, *_) = _runs(grid, method, grid.base)
+    experts = len({row["index"] for row in grid.tables["load"] if row["method"] == method and row["what"] == "expert"})
+    for block, codes in grid.pictures[method].nearest.items():
+        if len(codes) > CODES:
+            continue
+        title = f"{method}, block {block}: what each code stands for"
+        caption = (
+            f"Left: mean of the test patches of each code, seed {grid.seeds[0]}, mode of inference; beside it the patches whose "
+            "states are nearest to the code, and above it the share of patches that it has. The state knows the whole image, so "
+            "patches of one code need not look alike."
+        )
+        rows = [run | {"block": block} | row for row in patches.code_rows(codes)]
+        yield Exhibit(f"codes-{block}-{method}", title, caption, patches.code_pictures(codes, experts, title), rows)
 
 
 def _over(grid: Grid, rows: Sequence[Row], x: str, column: str, scale: float = 1) -> dict[str, Curve]:
@@ -372,7 +431,8 @@ def _curve(
         for rate, sample, one in zip(rates, samples, found, strict=True)
         for run, values_U in zip(_runs(grid, method, model), sample.values_SU, strict=True)
     ]
-    return Curve([100 * rate for rate in rates], value, low, high), rows
+    percent = 1 if grid.base == IMAGES else 100
+    return Curve([percent * rate for rate in rates], value, low, high), rows
 
 
 def _runs(grid: Grid, method: str, model: str, stage: str = "robustness", task: str | None = None) -> list[dict[str, Any]]:
@@ -382,13 +442,36 @@ def _runs(grid: Grid, method: str, model: str, stage: str = "robustness", task: 
 
 
 def _changed(grid: Grid, model: str, kind: str) -> str:
-    """What a severity is a share of: tokens of a language model whose tokens are no characters."""
+    """What a severity is: of text a share, of tokens for a language model whose tokens are no characters."""
+    if grid.base == IMAGES:
+        return "severity"
     tokens = model == LANGUAGE and grid.unit == "perplexity"
     return f"{'tokens' if tokens else 'words' if kind == 'word' else 'characters'} changed, %"
 
 
 def _name(model: str) -> str:
-    return "Language model" if model == LANGUAGE else model
+    return {LANGUAGE: "Language model", IMAGES: "Pre-trained classifier"}.get(model, model)
+
+
+def _units(grid: Grid) -> str:
+    return "images" if grid.base == IMAGES else "texts"
+
+
+def _explained(grid: Grid) -> str:
+    if grid.base == IMAGES:
+        return "FGSM, PGD: adversarial images; shifts: other images, of that name. "
+    return (
+        "Adaptive attack: the characters that hurt most are changed; raw text: with its punctuation, capitals and digits; other "
+        "shifts: another corpus of that name. "
+    )
+
+
+def _band(grid: Grid) -> str:
+    return f"Bands: 95 % bootstrap intervals over seeds and test {_units(grid)}."
+
+
+def _better(grid: Grid) -> str:
+    return "" if grid.base == IMAGES else f"{NAMES[grid.unit].capitalize()}: lower is better. "
 
 
 def _scale(model: str) -> int:

@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.evaluation.claims import Claim, verdict
-from pipeline.evaluation.grid import LANGUAGE, Grid, Sample
+from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid, Sample
 from pipeline.evaluation.statistics import MIN_SEEDS, Estimate, difference, gain, holm
 from pipeline.moe.routers import ROUTERS
 
 CLAIMANT = "vqmoe"
 CLAIMED = 0.28
-FAMILIES = {"noise": "noise", "attack": "the adaptive attack"}
+
+
+def families(grid: Grid) -> dict[str, str]:
+    """What claims and pairs are about, by name."""
+    return {"noise": "noise", "attack": "FGSM and PGD" if grid.base == IMAGES else "the adaptive attack"}
 
 
 class Pair(NamedTuple):
@@ -39,8 +43,13 @@ def claims(grid: Grid) -> list[Claim]:
     """What the paper claims of VQMoE against what the grid measured; none without it. Of timings, none."""
     if CLAIMANT not in grid.methods:
         return []
-    rivals = [method for method in grid.methods if method in ROUTERS]
-    return [*_robust(grid, rivals), *_flops(grid), *_accurate(grid, rivals), *_consistent(grid, rivals)]
+    others = rivals(grid)
+    return [*_robust(grid, others), *_flops(grid), *_accurate(grid, others), *_consistent(grid, others)]
+
+
+def rivals(grid: Grid) -> list[str]:
+    """The other routing methods."""
+    return [method for method in grid.methods if method in ROUTERS or method == "softmoe"]
 
 
 def timed_claims(grid: Grid) -> list[Claim]:
@@ -69,7 +78,7 @@ def pairs(grid: Grid) -> list[Pair]:
     for model in grid.models:
         unit, digits, scale = ("bits per token", 3, 1) if model == LANGUAGE else ("accuracy points", 1, 100)
         test = "test bits per token" if model == LANGUAGE else "test accuracy points"
-        texts = {"test": test} | {family: f"{unit} lost to {text}" for family, text in FAMILIES.items()}
+        texts = {"test": test} | {family: f"{unit} lost to {text}" for family, text in families(grid).items()}
         for family, text in texts.items():
             name = f"{_model(model)}: {text}"
             samples = {m: grid.sample(m, model, family, "score" if family == "test" else "lost") for m in order}
@@ -105,7 +114,7 @@ def too_few(seeds: int) -> str:
 
 def _robust(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
     gained = {}
-    for model, (family, text) in itertools.product(grid.models, FAMILIES.items()):
+    for model, (family, text) in itertools.product(grid.models, families(grid).items()):
         ours = grid.sample(CLAIMANT, model, family, "lost")
         theirs = {rival: sample for rival in rivals if (sample := grid.sample(rival, model, family, "lost"))}
         if ours is None or not theirs:
@@ -183,7 +192,7 @@ def _compared(grid: Grid) -> list[tuple[str, str]]:
     """What VQMoE's mode of inference is compared with: its own mode of pre-training, and the other routing methods."""
     train, infer = grid.modes(CLAIMANT)
     own = [(CLAIMANT, train)] if train != infer else []
-    return own + [(method, grid.modes(method)[1]) for method in grid.methods if method in ROUTERS]
+    return own + [(method, grid.modes(method)[1]) for method in rivals(grid)]
 
 
 def _other(method: str, mode: str) -> str:
@@ -191,7 +200,7 @@ def _other(method: str, mode: str) -> str:
 
 
 def _model(model: str) -> str:
-    return "language model" if model == LANGUAGE else model
+    return {LANGUAGE: "language model", IMAGES: "pre-trained classifier"}.get(model, model)
 
 
 def _difference(grid: Grid, a: Sample, b: Sample) -> Estimate:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import Failure
+from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.statistics import Draws, Estimate, estimate
 
-LANGUAGE = "language"
+# What rows call the pre-trained model.
+LANGUAGE, IMAGES = "language", "images"
 
 Row = Mapping[str, Any]
 
@@ -27,14 +29,17 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """`results[stage, task]` (task None where a stage has none), `runs` and `units` list an entry per seed of each method.
+    """`base` is the pre-trained model, LANGUAGE or IMAGES.
 
-    Rows of `tables` (history, routing, scores, layers, load, confusion) have method, seed and run_id.
+    `results[stage, task]` (task None where a stage has none), `runs` and `units` list an entry per seed of each method;
+    `pictures` are those of the first seed, of images alone. Rows of `tables` (history, routing, scores, layers, load, confusion)
+    have method, seed and run_id.
     """
 
     methods: Sequence[str]
     seeds: Sequence[int]
     tasks: Sequence[str]
+    base: str
     prepared: Mapping[str, Any]
     results: Mapping[tuple[str, str | None], Mapping[str, Sequence[Mapping[str, Any]]]]
     runs: Mapping[tuple[str, str | None], Mapping[str, Sequence[str]]]
@@ -42,11 +47,12 @@ class Grid:
     compute_runs: Mapping[str, str]
     tables: Mapping[str, Sequence[Row]]
     units: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+    pictures: Mapping[str, Pictures]
     resamples: int
 
     @property
     def models(self) -> tuple[str, ...]:
-        return LANGUAGE, *self.tasks
+        return self.base, *self.tasks
 
     @cached_property
     def draws(self) -> Draws:
@@ -59,9 +65,13 @@ class Grid:
 
     @cached_property
     def unit(self) -> str:
-        """What the language model is scored in, `bpc` or `perplexity`."""
+        """What the pre-trained model is scored in: `bpc`, `perplexity` or `accuracy`."""
         test = self.results["pretrain", None][self.methods[0]][0]["test"]
-        return "bpc" if "bpc" in test else "perplexity"
+        return next(unit for unit in ("bpc", "perplexity", "accuracy") if unit in test)
+
+    def severity(self, rate: float) -> str:
+        """How a severity is written: a share of what is changed in a text, a level of images."""
+        return f"{rate:g}" if self.base == IMAGES else f"{100 * rate:g} %"
 
     @cached_property
     def _scores(self) -> dict[tuple[str, str, str], list[Row]]:
@@ -85,9 +95,9 @@ class Grid:
 
     def modes(self, method: str) -> tuple[str, str]:
         """The mode of pre-training and that of fine-tuning and inference; they may be the same."""
-        modes = [mode for owner, model, mode in self._scores if (owner, model) == (method, LANGUAGE)]
+        modes = [mode for owner, model, mode in self._scores if (owner, model) == (method, self.base)]
         if not modes:
-            raise Failure(f"scores of {method}: none of the language model; run `dvc repro`")
+            raise Failure(f"scores of {method}: none of the pre-trained model; run `dvc repro`")
         return modes[0], modes[-1]
 
     def scores(self, method: str, model: str, family: str, mode: str | None = None) -> list[Row]:
@@ -114,7 +124,7 @@ class Grid:
         """
         mode = mode or self.modes(method)[1]
         if family == "test":
-            names = [f"{LANGUAGE}/{mode}/test" if model == LANGUAGE else f"{model}/test"]
+            names = [f"{model}/{mode}/test" if model == self.base else f"{model}/test"]
         else:
             conditions = self.conditions(method, model, family, mode) if only is None else [only]
             names = [f"{model}/{mode}/{kind}/{rate!r}/{what}" for kind, rate in conditions]
@@ -135,14 +145,18 @@ class Grid:
         return estimate(float(sample.values_SU.mean()), self.draws.means(sample.values_SU, sample.units))
 
     def shift(self, method: str, model: str, kind: str, mode: str | None = None) -> Estimate | None:
-        """What a shift costs: other text less clean text, where a language model reads other segments, drawn apart."""
+        """What a shift costs; other texts than the clean ones, and other images, are drawn apart from these."""
         lost = self.sample(method, model, "shift", "lost", mode, (kind, 0.0))
-        if model != LANGUAGE:
+        if model == LANGUAGE:
+            clean = self.sample(method, model, "clean", "score", mode)
+        elif self.base == IMAGES:
+            clean = self.sample(method, model, "shift", "clean", mode, (kind, 0.0))
+            clean = clean._replace(units=f"{clean.units}/clean")
+        else:
             return self.interval(lost)
         scored = self.sample(method, model, "shift", "score", mode, (kind, 0.0))
-        clean = self.sample(method, model, "clean", "score", mode)
-        replicates_R = self.draws.means(scored.values_SU, scored.units) - self.draws.means(clean.values_SU, clean.units)
-        return estimate(float(lost.values_SU.mean()), replicates_R)
+        worse_R = self.draws.means(scored.values_SU, scored.units) - self.draws.means(clean.values_SU, clean.units)
+        return estimate(float(lost.values_SU.mean()), worse_R if model == LANGUAGE else -worse_R)
 
     def by_seed(self, rows: Sequence[Row], method: str, name: str) -> np.ndarray | None:
         """Mean (S,) of a column over a method's rows of each seed; None where the column is empty or not there."""

@@ -10,7 +10,7 @@ import jinja2
 
 from pipeline.evaluation.exhibits import Exhibit
 from pipeline.evaluation.findings import CLAIMANT, too_few
-from pipeline.evaluation.grid import LANGUAGE, Grid
+from pipeline.evaluation.grid import IMAGES, Grid
 from pipeline.evaluation.summary import NAMES
 from pipeline.evaluation.tables import Table
 from pipeline.moe.layer import LAYERS, ROUTERS
@@ -26,6 +26,8 @@ METHODS = {
     "stablemoe": "a router distilled into one that reads token ids, which is then frozen",
     "smoe_dropout": "a random frozen router, ever more experts while pre-training",
     "hyperrouter": "the same, with a router made by a frozen hypernetwork",
+    "vmoe": "the vision mixture of experts: the k best experts, each with room for so many patches, the surest patches first",
+    "softmoe": "no choice: every expert works on mixes of all patches of an image",
     "competesmoe": "at times all experts run, and the router learns whose answer is strongest",
 }
 
@@ -76,7 +78,8 @@ def page(data: Any, grid: Grid, tables: Mapping[str, Table], csvs: Mapping[str, 
         kinds={family: list(dict.fromkeys(kind for kind, _ in _all(grid, family))) for family in ("noise", "attack", "shift")},
         rates=sorted({rate for _, rate in _all(grid, "noise")}),
         sizes={m: grid.sample(first, m, "clean", "score").values_SU.shape[1] for m in grid.models},
-        language=LANGUAGE,
+        images=grid.base == IMAGES,
+        units="images" if grid.base == IMAGES else "texts",
     )
 
 

@@ -24,8 +24,20 @@ plt.rcParams["text.parse_math"] = False
 
 # Okabe and Ito's palette, its yellow, which is too bright for lines, exchanged for wine, and an indigo; and a marker each, so
 # that the lines differ in print too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#4422CC")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#882255",
+    "#4422CC",
+    "#999933",
+    "#7F7F7F",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "<", "h")
 
 
 class Curve(NamedTuple):
@@ -271,7 +283,7 @@ def confusion_maps(matrices: Mapping[str, np.ndarray], labels: Sequence[str], ti
     figure.supxlabel("predicted")
     figure.supylabel("true")
     figure.suptitle(title)
-    figure.colorbar(image, ax=list(grid.flat), aspect=40, label="share of the true label's passages, %")
+    figure.colorbar(image, ax=list(grid.flat), aspect=40, label="share of the true label's examples, %")
     return figure
 
 

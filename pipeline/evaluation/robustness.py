@@ -116,7 +116,8 @@ class Effect(NamedTuple):
     """What a condition did, text by text, float64: the score (S,), and what it cost (S,), positive where it hurts.
 
     Where noisy positions have clean ones, also the share of assignments that stayed, per layer, and the same corrected for
-    chance. Of a classifier the expected calibration error and the share of predictions that changed.
+    chance. Of a classifier the expected calibration error and the share of predictions that changed. Of a shift of images
+    `clean_S`, the scores of the clean ones that it is compared with.
     """
 
     score_S: np.ndarray
@@ -125,6 +126,7 @@ class Effect(NamedTuple):
     kappa: list[float | None] | None = None
     ece: float | None = None
     flips: float | None = None
+    clean_S: np.ndarray | None = None
 
 
 def language_effect(clean: Trace, noisy: Trace, source_ST: Tensor, experts: int) -> Effect:

@@ -3,12 +3,14 @@
 Shapes: S sequences, B sequences of a batch, T positions, N tokens, D width, E experts, K assignments per token.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.models.transformer import Transformer
+from pipeline.models.backbone import Backbone, Hidden
 from pipeline.moe import stats
-from pipeline.moe.layer import Mode
 
 BATCH = 32
 STATES = 16_384  # tokens whose states are ranked: the rank of few is bounded by their number
@@ -16,20 +18,20 @@ OUTPUTS = 1024  # of these, tokens that all experts read
 
 
 @torch.no_grad()
-def collapse(model: Transformer, tokens_ST: Tensor, mode: Mode, valid_ST: Tensor | None = None) -> list[dict[str, float]]:
+def collapse(model: Backbone, run: Callable[[Tensor], Hidden], valid_ST: Tensor) -> list[dict[str, float]]:
     """Per mixture layer: `output_cosine` and `cka` of its experts, and `effective_rank` of the states by expert.
 
-    On evenly spaced tokens of these texts; where `valid_ST` is false there is none. All experts read the layer's input, whatever
+    On evenly spaced tokens of sequences, of which `run` passes some rows through the model; where `valid_ST` is false there is no
+    token. All experts read the layer's input, whatever
     the discrete path of VQMoE reads, and answer by themselves, without what `vqmoe_released` has around them. A layer with one
     expert has only the effective rank, of all states.
     """
-    valid_ST = torch.ones_like(tokens_ST, dtype=torch.bool) if valid_ST is None else valid_ST
     chosen_ST = torch.zeros_like(valid_ST)
     chosen_ST.view(-1)[_spaced(valid_ST.flatten().nonzero()[:, 0], STATES)] = True
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.moe_layers]
-    for rows in torch.arange(len(tokens_ST)).split(BATCH):
+    for rows in torch.arange(len(valid_ST)).split(BATCH):
         chosen_N = chosen_ST[rows][valid_ST[rows]]
-        answers = _assignments(model, tokens_ST[rows], mode, valid_ST[rows])
+        answers = _assignments(model, run, rows)
         for kept, (x_ND, index_NK) in zip(seen, answers, strict=True):
             kept.append((x_ND[chosen_N], index_NK[chosen_N]))
     result = []
@@ -46,16 +48,21 @@ def collapse(model: Transformer, tokens_ST: Tensor, mode: Mode, valid_ST: Tensor
     return result
 
 
-def _assignments(model: Transformer, tokens_BT: Tensor, mode: Mode, valid_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _assignments(model: Backbone, run: Callable[[Tensor], Hidden], rows_B: Tensor) -> list[tuple[Tensor, Tensor]]:
     """What each mixture layer read (N, D), and the experts it chose (N, K)."""
     read: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) for layer in model.moe_layers]
     try:
-        hidden = model(tokens_BT, mode, valid_BT)
+        hidden = run(rows_B)
     finally:
         for hook in hooks:
             hook.remove()
     return [(x_ND, output.index_NK) for x_ND, output in zip(read, hidden.layers, strict=True)]
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of the numbers under `count`, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, limit).astype(int))
 
 
 def _spaced(rows: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.evaluation.grid import LANGUAGE, Grid, Sample, metric
 from pipeline.evaluation.statistics import Estimate, area
 
-NAMES = {"bpc": "bits per character", "perplexity": "perplexity"}
+NAMES = {"bpc": "bits per character", "perplexity": "perplexity", "accuracy": "accuracy %"}
 
 
 class Spread(NamedTuple):
@@ -37,7 +37,7 @@ def spread(values_S: Sequence[float] | np.ndarray | None) -> Spread | None:
 
 def measures(grid: Grid) -> list[Measure]:
     """All rows of the main table that have a value; of timings, which differ from run to run, none."""
-    found = [*_language(grid), *_codebook(grid), *(row for task in grid.tasks for row in _task(grid, task))]
+    found = [*_pretrained(grid), *_codebook(grid), *(row for task in grid.tasks for row in _task(grid, task))]
     for model in grid.models:
         found += _robustness(grid, model)
     found += [*_routing(grid), *_cost(grid)]
@@ -63,34 +63,44 @@ def timings(grid: Grid) -> list[Measure]:
     return [row for row in found if row.values]
 
 
-def _language(grid: Grid) -> list[Measure]:
-    unit, name, digits = grid.unit, NAMES[grid.unit], 3 if grid.unit == "bpc" else 2
-    if unit == "bpc":
-        references = ", ".join(f"{k} {v:.3f}" for k, v in grid.prepared["references"]["bits_per_character"].items())
+def _pretrained(grid: Grid) -> list[Measure]:
+    unit, name = grid.unit, NAMES[grid.unit]
+    digits, scale = {"bpc": (3, 1), "perplexity": (2, 1), "accuracy": (1, 100)}[unit]
+    references = grid.prepared["references"]
+    if unit == "accuracy":
+        compared = _linear(grid, grid.base, "accuracy")
+    elif unit == "bpc":
+        compared = ", ".join(f"{k} {v:.3f}" for k, v in references["bits_per_character"].items())
     else:
-        references = ", ".join(f"{k} {v:.0f}" for k, v in grid.prepared["references"].get("perplexity", {}).items())
+        compared = ", ".join(f"{k} {v:.0f}" for k, v in references.get("perplexity", {}).items())
     rows = [
-        Measure(f"test {name}", {m: _test(grid, m, grid.modes(m)[0]) for m in grid.methods}, digits, note=references),
+        Measure(f"test {name}", {m: _test(grid, m, grid.modes(m)[0]) for m in grid.methods}, digits, scale, compared),
         *(
-            Measure(text, {m: _test(grid, m, mode) for m in grid.methods if grid.modes(m)[0] != mode}, digits)
+            Measure(text, {m: _test(grid, m, mode) for m in grid.methods if grid.modes(m)[0] != mode}, digits, scale)
             for text, mode in (("- discrete path alone", "discrete"), ("- router's top-k experts alone", "router"))
         ),
     ]
     note = "mode of inference"
     for task in grid.tasks:
         rows += [
-            _metric(grid, f"{task}: valid {name}, before warm-up", "warmup", task, ("before", unit), digits, note=note),
-            _metric(grid, "- after warm-up", "warmup", task, ("after", unit), digits, note=note),
+            _metric(grid, f"{task}: valid {name}, before warm-up", "warmup", task, ("before", unit), digits, scale, note),
+            _metric(grid, "- after warm-up", "warmup", task, ("after", unit), digits, scale, note),
         ]
     return rows
 
 
+def _linear(grid: Grid, task: str, measure: str) -> str:
+    """What a linear classifier scores."""
+    references = grid.prepared["references"]
+    return f"{references['classifier']} {100 * references['tasks'][task][measure]:.1f}"
+
+
 def _test(grid: Grid, method: str, mode: str) -> Estimate | None:
-    """Score of the whole test text in a mode; None in one that the method does not have."""
-    if f"{LANGUAGE}/{mode}/test" not in grid.units[method][0]:
+    """Score of the whole test split in a mode; None in one that the method does not have."""
+    if f"{grid.base}/{mode}/test" not in grid.units[method][0]:
         return None
-    bits = grid.interval(grid.sample(method, LANGUAGE, "test", "score", mode))
-    return bits if grid.unit == "bpc" else Estimate(*(2**value for value in bits[:3]))
+    found = grid.interval(grid.sample(method, grid.base, "test", "score", mode))
+    return Estimate(*(2**value for value in found[:3])) if grid.unit == "perplexity" else found
 
 
 def _codebook(grid: Grid) -> list[Measure]:
@@ -102,7 +112,7 @@ def _codebook(grid: Grid) -> list[Measure]:
 
 
 def _task(grid: Grid, task: str) -> list[Measure]:
-    tfidf = grid.prepared["references"]["tfidf"][task]
+    majority = 100 * grid.prepared["references"]["tasks"][task]["majority"]
     given = ("finetune", task)
     return [
         Measure(
@@ -110,9 +120,9 @@ def _task(grid: Grid, task: str) -> list[Measure]:
             {method: grid.interval(grid.sample(method, task, "test", "score")) for method in grid.methods},
             1,
             100,
-            f"TF-IDF {100 * tfidf['accuracy']:.1f}",
+            _linear(grid, task, "accuracy"),
         ),
-        _metric(grid, "- macro-F1 %", *given, ("test", "macro_f1"), 1, 100, f"TF-IDF {100 * tfidf['macro_f1']:.1f}"),
+        _metric(grid, "- macro-F1 %", *given, ("test", "macro_f1"), 1, 100, _linear(grid, task, "macro_f1")),
         _metric(
             grid,
             "- accuracy without pre-training %",
@@ -120,14 +130,14 @@ def _task(grid: Grid, task: str) -> list[Measure]:
             ("scratch", "accuracy"),
             1,
             100,
-            f"majority {100 * tfidf['majority']:.1f}",
+            f"majority {majority:.1f}",
         ),
         _metric(grid, "- macro-F1 without pre-training %", *given, ("scratch", "macro_f1"), 1, 100),
     ]
 
 
 def _robustness(grid: Grid, model: str) -> list[Measure]:
-    language = model == LANGUAGE
+    language, base = model == LANGUAGE, model == grid.base
     name, digits, scale = ("bits per token", 3, 1) if language else (f"{model}: accuracy points", 1, 100)
     shifts = dict.fromkeys(kind for method in grid.methods for kind, _ in grid.conditions(method, model, "shift"))
     rows = []
@@ -136,7 +146,7 @@ def _robustness(grid: Grid, model: str) -> list[Measure]:
         ("attack", "attack", None),
         *(("shift", f"shift to {kind}", (kind, 0.0)) for kind in shifts),
     ]:
-        for other in (False, True) if language else (False,):
+        for other in (False, True) if base else (False,):
             modes = {method: grid.modes(method)[0 if other else 1] for method in grid.methods}
             values = {
                 method: grid.interval(grid.sample(method, model, family, "lost", mode))
@@ -146,7 +156,7 @@ def _robustness(grid: Grid, model: str) -> list[Measure]:
                 if (condition is None or condition in grid.conditions(method, model, family, mode))
                 and not (other and len(set(grid.modes(method))) == 1)
             }
-            note = "mode of inference" if language else ""
+            note = "mode of inference" if base else ""
             row = (
                 Measure("- in the mode of pre-training", values, digits, scale)
                 if other
@@ -156,6 +166,8 @@ def _robustness(grid: Grid, model: str) -> list[Measure]:
     areas = {method: grid.interval(severity_area(grid, method, model)) for method in grid.methods}
     of, what = ("", "bits per token") if language else (f"{model}: ", "accuracy %")
     rows.append(Measure(f"{of}mean {what} over severities", areas, digits, scale, "area under curve"))
+    if not language and "dense" in grid.methods:
+        rows.append(Measure(f"{of}mean corruption error %", _corruption_errors(grid, model), 1, 100, "dense 100"))
     rows.append(_worst(grid, model, f"{of}worst {what} under noise", digits, scale))
     rows.append(_scores(grid, model, f"{of}experts unchanged by noise %", "noise", "consistency"))
     rows.append(_scores(grid, model, "- corrected for chance (kappa) %", "noise", "kappa"))
@@ -184,6 +196,30 @@ def severity_area(grid: Grid, method: str, model: str) -> Sample | None:
     return Sample(np.mean(areas, axis=0), clean.units)
 
 
+def _corruption_errors(grid: Grid, model: str) -> dict[str, Spread | None]:
+    """Errors under each kind of noise, summed over its severities, relative to those of dense of the same seed; mean over kinds.
+
+    That is ImageNet-C's mCE. None where dense makes no error.
+    """
+    conditions = grid.conditions("dense", model, "noise")
+
+    def errors(method: str) -> np.ndarray | None:
+        """Of each kind and seed (K, S)."""
+        if grid.conditions(method, model, "noise") != conditions:
+            return None
+        wrong: dict[str, list[np.ndarray]] = {}
+        for kind, rate in conditions:
+            right = grid.sample(method, model, "noise", "score", only=(kind, rate))
+            wrong.setdefault(kind, []).append(1 - right.values_SU.mean(1))
+        return np.array([np.mean(rates, axis=0) for rates in wrong.values()])
+
+    reference_KS = errors("dense")
+    if reference_KS is None or not len(reference_KS) or (reference_KS == 0).any():
+        return {}
+    found = {method: errors(method) for method in grid.methods}
+    return {method: spread((own_KS / reference_KS).mean(0)) for method, own_KS in found.items() if own_KS is not None}
+
+
 def _worst(grid: Grid, model: str, name: str, digits: int, scale: float) -> Measure:
     values: dict[str, Estimate | None] = {}
     labels = {}
@@ -195,7 +231,7 @@ def _worst(grid: Grid, model: str, name: str, digits: int, scale: float) -> Meas
         if samples:
             pick = max if model == LANGUAGE else min
             kind, rate = worst = pick(samples, key=lambda condition: samples[condition].values_SU.mean())
-            values[method], labels[method] = grid.interval(samples[worst]), f"{kind} {100 * rate:g} %"
+            values[method], labels[method] = grid.interval(samples[worst]), f"{kind} {grid.severity(rate)}"
     return Measure(name, values, digits, scale, labels=labels)
 
 
@@ -247,10 +283,10 @@ def _metric(
     return Measure(name, {m: spread(metric(entries[m], *keys)) for m in grid.methods}, digits, scale, note)
 
 
-def _layers(grid: Grid, name: str, column: str, digits: int, scale: float = 1, note: str = "language model") -> Measure:
-    """A column of layers.csv of the language model in the mode of inference, mean over layers."""
-    values = {m: spread(grid.by_seed(grid.layers(m, LANGUAGE), m, column)) for m in grid.methods}
-    return Measure(name, values, digits, scale, note)
+def _layers(grid: Grid, name: str, column: str, digits: int, scale: float = 1, note: str = "") -> Measure:
+    """A column of layers.csv of the pre-trained model in the mode of inference, mean over layers."""
+    values = {m: spread(grid.by_seed(grid.layers(m, grid.base), m, column)) for m in grid.methods}
+    return Measure(name, values, digits, scale, note or ("language model" if grid.base == LANGUAGE else "pre-trained model"))
 
 
 def _scores(grid: Grid, model: str, name: str, family: str, column: str) -> Measure:

@@ -5,10 +5,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 from torch import nn
 
-from pipeline.config import Model
+from pipeline.config import TextModel, VisionModel
 from pipeline.errors import UsageError
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
+from pipeline.models.vit import Vit
 from pipeline.moe.layer import SETTINGS
 from pipeline.moe.routers.base import Settings
 
@@ -16,18 +17,21 @@ from pipeline.moe.routers.base import Settings
 class Spec(BaseModel):
     """Everything needed to build a model; stored beside its weights and compared when they are loaded.
 
-    `tokenizer` is the digest of the one whose ids the model reads: other ids of as large a vocabulary mean other text. The last
-    three describe a classifier's head; a language model has none.
+    A model of text has a vocabulary and `tokenizer`, the digest of the one whose ids it reads: other ids of as large a
+    vocabulary mean other text. One of images has their channels and the length of their sides. Both kinds of classifiers have
+    labels, and one of text a pooling and a dropout of its head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["language-model", "classifier"]
+    kind: Literal["language-model", "classifier", "image-classifier"]
     method: str
     settings: Any
-    model: Model
-    vocabulary: int
+    model: TextModel | VisionModel
+    vocabulary: int | None = None
     tokenizer: str | None = None
+    channels: int | None = None
+    size: int | None = None
     labels: tuple[str, ...] | None = None
     pooling: Literal["last", "mean"] | None = None
     head_dropout: float | None = None
@@ -47,10 +51,12 @@ class Spec(BaseModel):
 
 
 def build(spec: Spec) -> nn.Module:
-    """A language model or a classifier with fresh weights from torch's generator.
+    """A language model or a classifier, of text or images, with fresh weights from torch's generator.
 
     Raises UsageError if the vocabulary, which params alone do not know, is too small for model.cutoffs.
     """
+    if spec.kind == "image-classifier":
+        return Vit(spec.model, spec.method, spec.settings, spec.channels, spec.size, len(spec.labels))
     cutoffs = spec.model.cutoffs
     if cutoffs and cutoffs[-1] >= spec.vocabulary:
         raise UsageError(f"model.cutoffs ends with {cutoffs[-1]}: must lie below the vocabulary of {spec.vocabulary} tokens")

@@ -1,5 +1,9 @@
-"""Floating-point operations, counted by torch's flop counter (a multiply-add is two), and the parameters a token meets."""
+"""Floating-point operations, counted by torch's flop counter (a multiply-add is two), and the parameters a token meets.
 
+Both are per token; of an image the tokens are its patches, which makes numbers of text and images comparable.
+"""
+
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -10,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pipeline.models.transformer import Transformer
-from pipeline.moe.layer import Mode
+from pipeline.models.vit import Vit
+from pipeline.moe.layer import Mode, SoftMoE
 
 
 def _grouped_mm(x_shape: torch.Size, weight_shape: torch.Size, *args: object, out_shape: object = None, **kwargs: object) -> int:
@@ -60,7 +65,7 @@ def flops_per_token(
     """
     was_training = model.training
     model.eval()
-    width = model.embedding.embedding_dim
+    width = model.width
 
     def states(sequences: int) -> int:
         past = [torch.zeros(sequences, memory, width) for _ in model.blocks] if memory else None
@@ -76,23 +81,40 @@ def flops_per_token(
 
 
 @torch.no_grad()
-def active_parameters(model: Transformer, mode: Mode) -> int:
+def flops_per_patch(model: Vit, mode: Mode) -> float:
+    """Active FLOPs of an image's forward pass, class token and head included, over its number of patches.
+
+    Counts what `flops_per_token` counts. What a full expert saves in training, where it turns tokens away, is not in it.
+    """
+    was_training = model.training
+    model.eval()
+    once, twice = (count_flops(lambda many=many: model(torch.zeros(many, *model.shape), mode)) for many in (1, 2))
+    model.train(was_training)
+    return (twice - once) / math.prod(model.grid)
+
+
+@torch.no_grad()
+def active_parameters(model: Transformer | Vit, mode: Mode) -> int:
     """How many of the model's parameters a token can meet in a forward pass.
 
     Of its mixture layers those that the mode reads (in `discrete` neither router nor gate, in `router` no codebook), and of E
-    experts as many as one token goes to; all else whole, embeddings too. As everywhere, a parameter is what an optimizer may
-    move: a frozen router and a codebook of moving averages are none.
+    experts as many as one token goes to, of Soft MoE, where it is a part of all slots, all; all else whole, embeddings too. As
+    everywhere, a parameter is what an optimizer may move: a frozen router and a codebook of moving averages are none.
     """
     was_training = model.training
     model.eval()
     with _Reads() as reads:
-        hidden = model(torch.zeros(1, 1, dtype=torch.long), mode)
+        if isinstance(model, Vit):
+            _, hidden = model(torch.zeros(1, *model.shape), mode)
+        else:
+            hidden = model(torch.zeros(1, 1, dtype=torch.long), mode)
     model.train(was_training)
     total = _size(model.parameters())
     for layer, output in zip(model.moe_layers, hidden.layers, strict=True):
         total -= _size(parameter for parameter in layer.parameters() if id(parameter) not in reads.seen)
         # Two paths may ask for the same expert, and never for more than there are.
-        met = min(output.index_NK.shape[1], layer.experts.count)
+        asked = layer.experts.count if isinstance(layer, SoftMoE) else output.index_NK.shape[1]
+        met = min(asked, layer.experts.count)
         total -= _size(layer.experts.parameters()) * (layer.experts.count - met) // layer.experts.count
     return total
 

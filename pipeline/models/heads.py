@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Transformer, labels: int, pooling: Literal["last", "mean"], dropout: float) -> None:
         super().__init__()
         self.pooling = pooling
-        width = backbone.embedding.embedding_dim
+        width = backbone.width
         self.backbone = backbone
         self.features = nn.Sequential(nn.Linear(width, width), nn.Tanh())
         self.scores = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, labels))

@@ -1,9 +1,10 @@
 """Group tokens by expert, run the experts, put the results back in order. No parameters.
 
-Shapes: N tokens, K experts per token, A = N K assignments, D width, E experts.
+Shapes: N tokens, K experts per token, A = N K assignments, R of them that have an expert, D width, E experts.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.moe.experts import Experts
@@ -12,19 +13,19 @@ from pipeline.moe.experts import Experts
 def apply_experts(experts: Experts, x: Tensor, index_NK: Tensor, drop: bool = True) -> Tensor:
     """y[n, k] = FFN_{index[n, k]}(x[n]) for x of shape (N, D), or of x[n, k] for x of shape (N, K, D).
 
-    Returns (N, K, D). One sort and one grouped product per layer of the experts, whatever K is. Without `drop` the experts
-    leave out their dropout.
+    Returns (N, K, D). One sort and one grouped product per layer of the experts, whatever K is. An index of -1 is no expert:
+    zeros, which cost nothing. Without `drop` the experts leave out their dropout.
     """
     tokens, slots = index_NK.shape
     index_A = index_NK.reshape(-1)
-    order_A = torch.argsort(index_A, stable=True)
-    inverse_A = torch.empty_like(order_A)
-    inverse_A[order_A] = torch.arange(order_A.numel(), device=order_A.device)
-    rows_E = torch.bincount(index_A, minlength=experts.count)
+    count = torch.bincount(index_A + 1, minlength=experts.count + 1)
+    order_R = torch.argsort(index_A, stable=True)[count[0] :]
+    inverse_A = torch.full_like(index_A, -1)
+    inverse_A[order_R] = torch.arange(order_R.numel(), device=order_R.device)
     copies = slots if x.dim() == 2 else 1
-    x_AD = _Gather.apply(x.reshape(-1, x.shape[-1]), order_A, inverse_A, copies)
-    y_AD = experts(x_AD, rows_E, drop)
-    return _Gather.apply(y_AD, inverse_A, order_A, 1).view(tokens, slots, -1)
+    x_RD = _Gather.apply(x.reshape(-1, x.shape[-1]), order_R, inverse_A, copies)
+    y_RD = experts(x_RD, count[1:], drop)
+    return _Gather.apply(y_RD, inverse_A, order_R, 1).view(tokens, slots, -1)
 
 
 def combine(y_NKD: Tensor, weight_NK: Tensor) -> Tensor:
@@ -33,19 +34,25 @@ def combine(y_NKD: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """out[a] = x[order[a] // copies], with a backward that gathers too.
+    """out[a] = x[order[a] // copies], zeros where order[a] is -1, with a backward that gathers too.
 
-    Autograd's own backward of an index is a scatter-add: slower, and on a GPU not the same bits from run to run.
+    `inverse` says of each (copied) row of x where it went, -1 if nowhere. Autograd's own backward of an index is a scatter-add:
+    slower, and on a GPU not the same bits from run to run.
     """
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, order_A: Tensor, inverse_A: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse_A)
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x_ND[order_A // copies if copies > 1 else order_A]
+        return _rows(x, order // copies if copies > 1 else order, len(order) > len(inverse))
 
     @staticmethod
-    def backward(ctx, grad_AD: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_A,) = ctx.saved_tensors
-        grad_AD = grad_AD[inverse_A]
-        return grad_AD if ctx.copies == 1 else grad_AD.view(-1, ctx.copies, grad_AD.shape[-1]).sum(1), None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        grad = _rows(grad, inverse, len(inverse) > len(grad))
+        return grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[-1]).sum(1), None, None, None
+
+
+def _rows(x: Tensor, index: Tensor, holes: bool) -> Tensor:
+    """x[index], where -1 is a row of zeros if there are such holes."""
+    return F.pad(x, (0, 0, 0, 1))[index] if holes else x[index]

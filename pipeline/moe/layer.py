@@ -1,5 +1,8 @@
 """Mixture-of-experts layers: experts, dispatch and a router or a quantizer put together.
 
+A layer is called with tokens, a mode, the tokens' ids if there are any, and the `length` of the sequences that they form, one
+after another; None where lengths differ.
+
 Shapes: N tokens, D width, E experts, K assignments per token, C codes.
 """
 
@@ -18,6 +21,7 @@ from pipeline.moe.released import VQMoEReleased
 from pipeline.moe.routers import ROUTERS
 from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Routing, Settings, Sizes
 from pipeline.moe.routers.smoe import SMoE
+from pipeline.moe.softmoe import SoftMoE
 
 
 class SparseMoE(nn.Module):
@@ -28,7 +32,7 @@ class SparseMoE(nn.Module):
         self.router, self.experts = router, experts
         self.modes = router.modes
 
-    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
+    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None, length: int | None = None) -> LayerOutput:
         assert mode in self.modes, mode
         route = self.router.dense if mode == "dense" else self.router
         routing = route(x_ND, id_N)
@@ -56,7 +60,7 @@ class Dense(nn.Module):
         super().__init__()
         self.experts = FeedForward(sizes.width, settings.top_k * sizes.hidden, sizes.dropout)
 
-    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
+    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None, length: int | None = None) -> LayerOutput:
         assert mode == "dense", mode
         return LayerOutput(self.experts(x_ND), {}, x_ND.new_zeros(len(x_ND), 1, dtype=torch.long), None)
 
@@ -118,7 +122,7 @@ class VQMoE(nn.Module):
         if settings.combine == "gate":
             self.gate = nn.Linear(sizes.width, 2)
 
-    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
+    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None, length: int | None = None) -> LayerOutput:
         if mode == "router":
             routing = self.router(x_ND, id_N)
             y_NKD = apply_experts(self.experts, x_ND, routing.index_NK)
@@ -188,8 +192,9 @@ def _weighted(discrete_ND: Tensor, quantized: Quantized) -> Tensor:
 
 
 # Methods that are more than a router.
-LAYERS = {"vqmoe": VQMoE, "vqmoe_released": VQMoEReleased, "dense": Dense}
+LAYERS = {"vqmoe": VQMoE, "vqmoe_released": VQMoEReleased, "dense": Dense, "softmoe": SoftMoE}
 SETTINGS = {name: made.Settings for name, made in (LAYERS | ROUTERS).items()}
+SETTINGS["softmoe"] = SETTINGS.pop("softmoe")  # plots colour methods by their place here: new ones come last
 
 
 def build_layer(method: str, settings: Settings, sizes: Sizes) -> nn.Module:

@@ -27,6 +27,20 @@ def overload_loss(*, weight_NK: Tensor, index_NK: Tensor, experts: int) -> Tenso
     return ((load_E - 1)[index_NK] * weight_NK).mean()
 
 
+def importance_loss(*, probs_NE: Tensor) -> Tensor:
+    """Squared coefficient of variation of the experts' total probability: 0 when all have the same (Shazeer et al. 2017)."""
+    return _variation(probs_NE.sum(0))
+
+
+def load_loss(*, scores_NE: Tensor, noisy_NE: Tensor, k: int, deviation: float) -> Tensor:
+    """Squared coefficient of variation of the experts' expected numbers of tokens (Riquelme et al. 2021, appendix A).
+
+    Expected over new Gaussian noise of this deviation on an expert's score, while the k-th highest noisy score stays what it is.
+    """
+    threshold_N1 = noisy_NE.topk(k, dim=-1).values[:, -1:]
+    return _variation(torch.special.ndtr((scores_NE - threshold_N1) / deviation).sum(0))
+
+
 def distillation_loss(*, scores_NE: Tensor, index_NK: Tensor) -> Tensor:
     """Cross-entropy of softmax(scores) to the experts chosen by another router, mean over assignments."""
     return -scores_NE.log_softmax(-1).gather(1, index_NK).mean()
@@ -40,3 +54,7 @@ def codebook_loss(*, x_ND: Tensor, value_ND: Tensor) -> Tensor:
 def commitment_loss(*, x_ND: Tensor, value_ND: Tensor) -> Tensor:
     """||x - sg(v)||^2, mean over elements: keeps tokens near their code (VQ-VAE, third term)."""
     return F.mse_loss(x_ND, value_ND.detach())
+
+
+def _variation(total_E: Tensor) -> Tensor:
+    return total_E.var(correction=0) / total_E.mean().square()

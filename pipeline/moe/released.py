@@ -49,7 +49,7 @@ class VQMoEReleased(nn.Module):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.gate.bias)
 
-    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None) -> LayerOutput:
+    def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None, length: int | None = None) -> LayerOutput:
         if mode == "router":
             routing, y_ND = self._routed(x_ND, id_N)
             return LayerOutput(y_ND, {}, routing.index_NK, None, scores=routing.scores_NE.detach())

@@ -1,6 +1,6 @@
 """Measures of routing as pure functions (METHOD section 5).
 
-Shapes: N tokens, D width, K assignments per token, E experts, C codes.
+Shapes: N tokens, D width, K assignments per token, E experts, C codes. An assignment of -1, to no expert, counts nowhere.
 """
 
 import math
@@ -9,6 +9,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+
+def counts(index_NK: Tensor, experts: int) -> Tensor:
+    """Number of assignments per expert (E,)."""
+    return torch.bincount(index_NK.flatten() + 1, minlength=experts + 1)[1:]
 
 
 def shares(count: Tensor) -> Tensor:
@@ -33,8 +38,13 @@ def codebook_use(share_C: Tensor) -> dict[str, float]:
 
 
 def consistency(index_NK: Tensor, other_NK: Tensor) -> float:
-    """Share of assignments that are the same for aligned tokens: |A and B| / K, mean over tokens, order ignored."""
-    return float((index_NK[:, :, None] == other_NK[:, None, :]).any(2).double().mean())
+    """Share of a token's assignments that are among those of the aligned token, order ignored, over all assignments.
+
+    At least one token must have an expert.
+    """
+    there_NK = index_NK >= 0
+    same_NK = (index_NK[:, :, None] == other_NK[:, None, :]).any(2) & there_NK
+    return float(same_NK.sum() / there_NK.sum().double())
 
 
 def kappa(index_NK: Tensor, other_NK: Tensor, experts: int) -> float | None:
@@ -43,8 +53,8 @@ def kappa(index_NK: Tensor, other_NK: Tensor, experts: int) -> float | None:
     e is the consistency of assignments that are independent but have these loads; it grows with K and with imbalance. None where
     it is 1: then nothing is chosen.
     """
-    share_E, other_E = (shares(torch.bincount(index.flatten(), minlength=experts)) for index in (index_NK, other_NK))
-    chance = index_NK.shape[1] * float((share_E * other_E).sum())
+    share_E, other_E = (shares(counts(index, experts)) for index in (index_NK, other_NK))
+    chance = float((other_NK >= 0).sum()) / len(other_NK) * float((share_E * other_E).sum())
     return None if chance > 1 - 1e-9 else (consistency(index_NK, other_NK) - chance) / (1 - chance)
 
 

@@ -44,3 +44,12 @@ def load(folder: Path, spec: Spec) -> nn.Module:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise Failure(f"{weights}: damaged ({str(error).splitlines()[0]}); {REMEDY}") from None
     return model.eval()
+
+
+def labels(folder: Path) -> tuple[str, ...]:
+    """Those of the classifier in `folder`."""
+    path = folder / "model.json"
+    found = read_json(path, REMEDY)
+    if not isinstance(found, dict) or not isinstance(found.get("labels"), list):
+        raise Failure(f"{path}: has no labels; {REMEDY}")
+    return tuple(map(str, found["labels"]))

@@ -3,10 +3,13 @@
 import numpy as np
 import torch.nn.functional as F
 
+from pipeline.config import ImageTraining
 from pipeline.data.batches import Examples, example_batch, padded, stream_batch, token_batch
+from pipeline.data.images import Images, image_batch
 from pipeline.data.tokenizers import Unit
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
+from pipeline.models.vit import Vit
 from pipeline.moe.layer import Mode
 from pipeline.training.loop import Objective
 from pipeline.training.validation import nats, score
@@ -47,6 +50,25 @@ def classification_objective(
         ids, labels_B = example_batch(examples, batch, crop, seed, step)
         scores_BL, hidden = model(*padded(ids, pad), mode)
         loss = F.cross_entropy(scores_BL, labels_B)
+        return loss + hidden.auxiliary(), {"nats": loss} | hidden.losses()
+
+    return objective
+
+
+def image_objective(
+    model: Vit, images: Images, settings: ImageTraining, *, seed: int, mode: Mode, steps: int | None = None
+) -> Objective:
+    """Cross-entropy of softened labels plus the layers' auxiliary losses, over shuffled epochs of varied images.
+
+    `steps` as in `language_objective`.
+    """
+
+    def objective(step: int):
+        if steps is not None:
+            model.begin_step((step - 1) / steps)
+        pixels_BCHW, labels_B = image_batch(images, settings.batch, seed, step, settings.pad, settings.flip)
+        scores_BL, hidden = model(pixels_BCHW, mode)
+        loss = F.cross_entropy(scores_BL, labels_B, label_smoothing=settings.smoothing)
         return loss + hidden.auxiliary(), {"nats": loss} | hidden.losses()
 
     return objective

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from pipeline.data.batches import padded, rows, segments
 from pipeline.data.tokenizers import Unit
+from pipeline.models.backbone import Backbone, Hidden
 from pipeline.models.heads import Classifier
-from pipeline.models.transformer import Hidden, Transformer
+from pipeline.models.transformer import Transformer
+from pipeline.models.vit import Vit
 from pipeline.moe import stats
 from pipeline.moe.layer import Mode
 
 BATCH = 32
+IMAGES = 128
 ROWS = 8  # of a text that is read in order
-INDEX_TYPES = (torch.uint8, torch.int16, torch.int32)  # the smallest that fits holds an assignment
+INDEX_TYPES = (torch.int8, torch.int16, torch.int32)  # the smallest that fits holds an assignment
 
 Watch = Callable[[Hidden], None]
 
@@ -99,15 +102,28 @@ def classify(model: Classifier, ids: Sequence[np.ndarray], pad: int, mode: Mode,
     return torch.cat(scores)
 
 
+@torch.no_grad()
+def classify_images(model: Vit, pixels_NCHW: np.ndarray, mode: Mode, watch: Watch | None = None) -> Tensor:
+    """Scores (N, L) of images given as bytes."""
+    scores = []
+    for start in range(0, len(pixels_NCHW), IMAGES):
+        batch, hidden = model(torch.from_numpy(np.array(pixels_NCHW[start : start + IMAGES])) / 255, mode)
+        scores.append(batch)
+        if watch is not None:
+            watch(hidden)
+    return torch.cat(scores)
+
+
 class RoutingTally:
     """Counts, per layer, where tokens went: call it with each batch's hidden states.
 
-    With `keep` it holds every assignment too, so that two passes over the same texts can be compared.
+    With `keep` it holds every assignment too, so that two passes over the same texts or images can be compared.
     """
 
-    def __init__(self, model: Transformer, keep: bool = False) -> None:
+    def __init__(self, model: Backbone, keep: bool = False) -> None:
         quantizer = getattr(model.moe_layers[0], "quantizer", None)
         codes = quantizer.codes if quantizer is not None else 0
+        self.blocks = model.expert_blocks
         self._expert = [torch.zeros(layer.experts.count, dtype=torch.long) for layer in model.moe_layers]
         self._code = [torch.zeros(codes, dtype=torch.long) for _ in model.moe_layers]
         self._error: list[float] = []
@@ -121,7 +137,7 @@ class RoutingTally:
         self._tokens += tokens
         for layer, output in enumerate(hidden.layers):
             experts = len(self._expert[layer])
-            self._expert[layer] += torch.bincount(output.index_NK.flatten(), minlength=experts)
+            self._expert[layer] += stats.counts(output.index_NK, experts)
             if output.code_N is not None:
                 self._code[layer] += torch.bincount(output.code_N, minlength=len(self._code[layer]))
                 self._error.append(output.code_error.item())
@@ -157,7 +173,7 @@ class RoutingTally:
         """Load, margin and codebook use of each layer, as far as they exist; no load where nothing is chosen."""
         margins, codes, result = self.margins(), self.code_shares(), []
         for layer, share in enumerate(self.expert_shares()):
-            row = {"layer": layer}
+            row = {"layer": self.blocks[layer]}
             if self._chosen(layer):
                 row |= stats.load(share)
             if margins:

@@ -34,8 +34,8 @@ def test_round_trip(tmp_path, task_file):
         file.write("one\u2028two,first,train\n" + "x" * 200_000 + ",first,train\n")
     task = load_task(str(task_file), {}, tmp_path, 0)
     assert task.labels == ("first", "second")
-    write_task(tmp_path / "task.jsonl", task)
-    assert read_task(tmp_path / "task.jsonl") == task
+    write_task(tmp_path / "task", task)
+    assert read_task(tmp_path / "task") == task
 
 
 def test_what_a_text_was_taken_from_is_numbered_or_unknown(tmp_path):
@@ -45,8 +45,8 @@ def test_what_a_text_was_taken_from_is_numbered_or_unknown(tmp_path):
     assert [example.group for example in task.splits["train"]] == ["doc-b", "doc-a", "doc-b", None]
     assert groups(task.splits["test"])["groups"].tolist() == [1, 0, 1]
     assert groups(task.splits["train"]) == {}
-    write_task(tmp_path / "task.jsonl", task)
-    assert read_task(tmp_path / "task.jsonl") == task
+    write_task(tmp_path / "task", task)
+    assert read_task(tmp_path / "task") == task
 
 
 def test_the_passages_of_an_address_are_a_group():
@@ -98,4 +98,4 @@ def test_names_and_corpora_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match="documents without a year"):
         load_task("era", {split: [Document("d", "text")] for split in SPLITS}, tmp_path, 100)
     with pytest.raises(Failure, match="run `vqmoe prepare` again"):
-        read_task(tmp_path / "task.jsonl")
+        read_task(tmp_path / "task")

@@ -20,7 +20,7 @@ def made(kind, text=PROSE):
 
 
 def test_params_know_the_same_kinds():
-    assert get_args(config.Data.model_fields["tokenizer"].annotation) == get_args(Kind)
+    assert get_args(config.TextData.model_fields["tokenizer"].annotation) == get_args(Kind)
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

@@ -179,7 +179,7 @@ def test_time_is_saved_over_its_own_other_mode_alone(found):
 
 def test_confusion_of_the_first_seed_unless_there_are_too_many_classes(found, grid, monkeypatch):
     (axes,) = (axes for title, axes in panels(found["confusion-era"]).items() if title == "smoe")
-    counts = np.array([row["passages"] for row in found["confusion-era"].rows if row["method"] == "smoe"]).reshape(3, 3)
+    counts = np.array([row["examples"] for row in found["confusion-era"].rows if row["method"] == "smoe"]).reshape(3, 3)
     assert np.allclose(axes.images[0].get_array(), 100 * counts / counts.sum(1, keepdims=True))
     monkeypatch.setattr(module, "CLASSES", 2)
     assert not list(module._confusion(grid, "era"))

@@ -78,7 +78,7 @@ def test_methods_under_other_conditions_are_an_error(grid):
         left(lambda row: not lost.items() <= row.items()).check()
     with pytest.raises(Failure, match="scores of smoe, seed 0: era has no clean at 0"):
         left(lambda row: row["model"] != "era" or row["method"] != "smoe").check()
-    with pytest.raises(Failure, match="scores of vqmoe: none of the language model"):
+    with pytest.raises(Failure, match="scores of vqmoe: none of the pre-trained model"):
         left(lambda row: False).modes("vqmoe")
 
 

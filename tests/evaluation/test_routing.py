@@ -26,6 +26,11 @@ def read(model, tokens_ST, mode, valid_ST=None):
     return seen
 
 
+def measured(model, tokens_ST, mode, valid_ST=None):
+    valid = torch.ones_like(tokens_ST, dtype=torch.bool) if valid_ST is None else valid_ST
+    return collapse(model, lambda rows: model(tokens_ST[rows], mode, None if valid_ST is None else valid_ST[rows]), valid)
+
+
 @torch.no_grad()
 def naive(layer, x_ND, index_NK, some):
     """The measures of a layer from its experts, one token after another in float64."""
@@ -45,7 +50,7 @@ def test_all_experts_answer_what_the_layer_reads(tiny_spec, tokens, monkeypatch,
     seen = read(model, tokens, mode)
     for batch in (2, 32):
         monkeypatch.setattr(routing, "BATCH", batch)
-        found = collapse(model, tokens, mode)
+        found = measured(model, tokens, mode)
         assert found == [naive(layer, *states, slice(None)) for layer, states in zip(model.moe_layers, seen, strict=True)]
     assert not any(layer._forward_pre_hooks for layer in model.moe_layers)
 
@@ -60,7 +65,7 @@ def test_tokens_are_evenly_spaced(tiny_spec, tokens, monkeypatch):
         naive(layer, x_ND[states], index_NK[states], [0, 4, 8, 12, 16])
         for layer, (x_ND, index_NK) in zip(model.moe_layers, read(model, tokens, "router"), strict=True)
     ]
-    assert collapse(model, tokens, "router") == wanted
+    assert measured(model, tokens, "router") == wanted
 
 
 def test_padding_takes_no_part(tiny_spec, tokens, monkeypatch):
@@ -70,13 +75,13 @@ def test_padding_takes_no_part(tiny_spec, tokens, monkeypatch):
     seen = read(model, tokens, "discrete", valid_ST)
     assert len(seen[0][0]) == 25
     wanted = [naive(layer, *states, slice(None)) for layer, states in zip(model.moe_layers, seen, strict=True)]
-    assert collapse(model, tokens, "discrete", valid_ST) == wanted
+    assert measured(model, tokens, "discrete", valid_ST) == wanted
 
 
 def test_one_expert_has_only_the_rank_of_all_states(tiny_spec, tokens):
     model = build(tiny_spec("dense")).eval()
     wanted = [{"effective_rank": pytest.approx(stats.effective_rank(x_ND))} for x_ND, _ in read(model, tokens, "dense")]
-    assert collapse(model, tokens, "dense") == wanted
+    assert measured(model, tokens, "dense") == wanted
 
 
 def test_collapsed_experts_are_found(tiny_spec, tokens):
@@ -84,6 +89,6 @@ def test_collapsed_experts_are_found(tiny_spec, tokens):
     with torch.no_grad():
         for parameter in model.moe_layers[1].experts.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter))
-    apart, alike = collapse(model, tokens, "discrete")
+    apart, alike = measured(model, tokens, "discrete")
     assert alike["output_cosine"] == pytest.approx(1.0) and alike["cka"] == pytest.approx(1.0)
     assert apart["output_cosine"] < 0.9 and apart["cka"] < 0.99

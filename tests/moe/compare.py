@@ -15,7 +15,10 @@ from pipeline.moe.routers.base import Mode, Sizes
 from tests.conftest import REPOSITORY
 from tests.moe.reference import Naive
 
-SECTIONS = config.load(REPOSITORY / "params.yaml", SETTINGS).methods
+SECTIONS = config.load(REPOSITORY / "params.yaml", SETTINGS).methods | {
+    "vmoe": SETTINGS["vmoe"](top_k=2, balance=0.01, capacity=1.05, priority="batch"),
+    "softmoe": SETTINGS["softmoe"](slots=2),
+}
 WIDTH, VOCABULARY = 4, 7
 
 
@@ -70,7 +73,14 @@ def over_cases(test: Callable) -> Callable:
     return settings(max_examples=15, deadline=None, derandomize=True)(given(cases())(test))
 
 
-def assert_matches(made: nn.Module, mode: Mode, naive: Callable[..., Naive], x_ND: Tensor, id_N: Tensor | None = None) -> None:
+def assert_matches(
+    made: nn.Module,
+    mode: Mode,
+    naive: Callable[..., Naive],
+    x_ND: Tensor,
+    id_N: Tensor | None = None,
+    length: int | None = None,
+) -> None:
     """Outputs, losses, experts and all gradients of the float32 layer against the float64 loops.
 
     The gradients are those of a random combination of the outputs and the losses.
@@ -78,7 +88,7 @@ def assert_matches(made: nn.Module, mode: Mode, naive: Callable[..., Naive], x_N
     made.zero_grad()
     exact = copy.deepcopy(made).double()
     fast_x, exact_x = x_ND.clone().requires_grad_(), x_ND.double().requires_grad_()
-    fast, slow = made(fast_x, mode, id_N), naive(exact, exact_x, id_N)
+    fast, slow = made(fast_x, mode, id_N, length), naive(exact, exact_x, id_N)
     torch.testing.assert_close(fast.y_ND.double(), slow.y_ND, atol=1e-4, rtol=1e-3)
     assert [sorted(row) for row in fast.index_NK.tolist()] == [sorted(row) for row in slow.index]
     assert fast.losses.keys() == slow.losses.keys()

@@ -98,6 +98,54 @@ def competition(layer, x_ND: Tensor, id_N=None) -> Naive:
     return Naive(torch.stack(rows), {"balance": balance(probs, index), "distil": sum(squares) / len(squares)}, index)
 
 
+def vmoe(layer, x_ND: Tensor, id_N=None, noise_NE=None) -> Naive:
+    """Tokens queue up for their experts; -1 is a choice that came too late. `noise` has the deviation 1."""
+    made, count, index = layer.router.settings, layer.experts.count, [[] for _ in x_ND]
+    scores = [[w @ x_D for w in layer.router.scores.weight] for x_D in x_ND]
+    noisy = (
+        scores if noise_NE is None else [[scores[n][e] + noise_NE[n, e] / count for e in range(count)] for n in range(len(x_ND))]
+    )
+    chosen, probs = [_highest(row, made.top_k) for row in noisy], [_softmax(row) for row in noisy]
+    queue = list(range(len(x_ND)))
+    if made.priority == "batch":
+        queue.sort(key=lambda n: -max(p.item() for p in probs[n]))
+    room = [max(1, round(made.top_k * len(x_ND) * made.capacity / count)) if made.capacity else len(x_ND)] * count
+    for place in range(made.top_k):
+        for n in queue:
+            e = chosen[n][place]
+            index[n].append(e if room[e] > 0 else -1)
+            room[e] -= 1
+    rows = [[(row[e], e) for e in given if e >= 0] for row, given in zip(probs, index, strict=True)]
+    importance = [sum(_softmax(row)[e] for row in scores) for e in range(count)]
+    load = [0.0] * count
+    for row, others in zip(scores, noisy, strict=True):
+        threshold = others[_highest(others, made.top_k)[-1]]
+        for e in range(count):
+            load[e] = load[e] + 0.5 * (1 + torch.erf((row[e] - threshold) * count / math.sqrt(2)))
+    losses = {"importance": variation(importance), "load": variation(load)}
+    if made.capacity:
+        losses["dropped"] = x_ND.new_tensor([float(e < 0) for given in index for e in given]).mean()
+    return Naive(_mixed(layer, x_ND, rows), losses, index)
+
+
+def softmoe(layer, x_ND: Tensor, length: int) -> Naive:
+    """Each slot reads a mix of a sequence's tokens, each token gets a mix of all slots' answers."""
+    rows, index, count = [], [], layer.experts.count
+    for start in range(0, len(x_ND), length):
+        tokens, answers = x_ND[start : start + length], []
+        scores = [[layer.scale * (x_D @ m_D) / x_D.norm() / m_D.norm() for m_D in layer.slot_MD] for x_D in tokens]
+        for m in range(len(layer.slot_MD)):
+            weights = _softmax([row[m] for row in scores])
+            given = sum(w * x_D for w, x_D in zip(weights, tokens, strict=True))
+            answers.append(expert(layer.experts, m // layer.slots, given))
+        for row in scores:
+            weights = _softmax(row)
+            rows.append(sum(w * y_D for w, y_D in zip(weights, answers, strict=True)))
+            parts = [sum(weights[e * layer.slots : (e + 1) * layer.slots]).item() for e in range(count)]
+            index.append([parts.index(max(parts))])
+    return Naive(torch.stack(rows), {}, index)
+
+
 def dense(layer, x_ND: Tensor, id_N=None) -> Naive:
     """One feed-forward, without a router."""
     made = layer.experts
@@ -180,6 +228,12 @@ def balance(probs: list[list[Tensor]], index: list[list[int]]) -> Tensor:
     return experts * sum(share[e] * sum(row[e] for row in probs) / tokens for e in range(experts))
 
 
+def variation(totals: list[Tensor]) -> Tensor:
+    """Variance over squared mean."""
+    mean = sum(totals) / len(totals)
+    return sum((total - mean) ** 2 for total in totals) / len(totals) / mean**2
+
+
 def overload(weights: list[list[Tensor]], index: list[list[int]], experts: int) -> Tensor:
     """sum_e (n_e - n) / n * (sum of the weights of e), per assignment; n is the mean number per expert."""
     assignments = sum(map(len, index))
@@ -205,7 +259,10 @@ def _routed(layer, x_ND: Tensor, scores: list[list[Tensor]], k: int, balanced: b
 
 def _mixed(layer, x_ND: Tensor, rows: list[list[tuple[Tensor, int]]]) -> Tensor:
     return torch.stack(
-        [sum(weight * expert(layer.experts, e, x_D) for weight, e in row) for x_D, row in zip(x_ND, rows, strict=True)]
+        [
+            sum((weight * expert(layer.experts, e, x_D) for weight, e in row), torch.zeros_like(x_D))
+            for x_D, row in zip(x_ND, rows, strict=True)
+        ]
     )
 
 

@@ -6,7 +6,7 @@ from pipeline.moe.layer import SETTINGS, build_layer
 from pipeline.moe.routers import ROUTERS
 from pipeline.moe.routers.base import Sizes
 from tests.moe import reference
-from tests.moe.compare import CASE, assert_matches, over_cases
+from tests.moe.compare import CASE, SECTIONS, assert_matches, over_cases
 
 VQ = {
     "top_k": 1,
@@ -122,7 +122,8 @@ def test_a_routers_scores_are_those_that_chose(method):
         for mode in made.modes:
             output = made(x_ND, mode, id_N)
             assert output.scores.shape == (12, 4) and not output.scores.requires_grad
-            assert torch.equal(output.scores.topk(output.index_NK.shape[1]).indices, output.index_NK)
+            best_NK = output.scores.topk(output.index_NK.shape[1]).indices
+            assert torch.equal(output.index_NK, best_NK.where(output.index_NK >= 0, -1))
 
 
 @pytest.mark.parametrize("method", ["vqmoe", "vqmoe_released"])
@@ -178,3 +179,38 @@ def test_settings_that_do_not_fit_the_experts(method, changes, words):
         SETTINGS[method](**(base | changes)).check(4)
     with pytest.raises(ValidationError):
         SETTINGS[method](**(base | {"nonsense": 1}))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("smoe", {}), ("xmoe", {}), ("vqmoe", {}), ("vmoe", {"capacity": 0.0}), ("vmoe", {"capacity": 0.5}), ("softmoe", {})],
+)
+def test_permuting_tokens_permutes_their_experts_and_results(monkeypatch, method, changes):
+    made, (x_ND, _) = CASE.layer(method, **changes), CASE.inputs()
+    if method == "vmoe":  # whose experts have a capacity in training, here without its noise
+        monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+        made.train()
+    order = torch.randperm(12)
+    for mode in made.modes:
+        one, other = made(x_ND, mode, length=12), made(x_ND[order], mode, length=12)
+        assert torch.equal(other.index_NK, one.index_NK[order])
+        torch.testing.assert_close(other.y_ND, one.y_ND[order])
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_settings_say_whether_tokens_depend_on_others_and_on_their_ids(monkeypatch, method):
+    made, (x_ND, id_N) = CASE.layer(method), CASE.inputs()
+    if method == "vmoe":
+        monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+        made.train()
+    changed_ND = torch.cat([-x_ND[:6], x_ND[6:]])
+    for mode in made.modes:
+        one, other = (made(x, mode, id_N, 12).y_ND[6:] for x in (x_ND, changed_ND))
+        assert torch.allclose(one, other) == SECTIONS[method].causal == (method not in ("vmoe", "softmoe"))
+    assert SECTIONS[method].needs_ids == (method == "stablemoe")
+    if not SECTIONS[method].needs_ids:
+        made(x_ND, made.modes[0], None, 12)
+
+
+def test_without_a_limit_tokens_do_not_compete():
+    assert SECTIONS["vmoe"].model_copy(update={"capacity": 0.0}).causal

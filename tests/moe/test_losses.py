@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from pipeline.moe.losses import balance_loss, codebook_loss, commitment_loss, distillation_loss, overload_loss
+from pipeline.moe.losses import (
+    balance_loss,
+    codebook_loss,
+    commitment_loss,
+    distillation_loss,
+    importance_loss,
+    load_loss,
+    overload_loss,
+)
 from tests.moe import reference
 
 
@@ -33,6 +41,36 @@ def test_balance_against_loops_and_its_gradient_lowers_the_crowded_expert():
     loss.backward()
     crowded = torch.bincount(index_NK.flatten()).argmax()
     assert scores_NE.grad[:, crowded].sum() > 0
+
+
+def test_importance_and_load_are_zero_when_even_and_fall_along_their_gradient():
+    # Three groups of tokens, each sure of another expert.
+    even_NE = 20 * torch.eye(3)[torch.arange(30) % 3]
+    assert importance_loss(probs_NE=even_NE.softmax(-1)).item() == pytest.approx(0, abs=1e-12)
+    assert load_loss(scores_NE=even_NE, noisy_NE=even_NE, k=1, deviation=1 / 3).item() == pytest.approx(0, abs=1e-12)
+    # One expert has everything: E shares of 0 but one, of variance E - 1 in units of the mean.
+    crowded_NE = 100 * torch.eye(3)[torch.zeros(30, dtype=torch.long)]
+    assert importance_loss(probs_NE=crowded_NE.softmax(-1)).item() == pytest.approx(2)
+    assert load_loss(scores_NE=crowded_NE, noisy_NE=crowded_NE, k=1, deviation=1 / 3).item() == pytest.approx(2)
+    torch.manual_seed(0)
+    scores_NE = (torch.randn(30, 3) + torch.tensor([1.0, 0.0, 0.0])).requires_grad_()
+    importance_loss(probs_NE=scores_NE.softmax(-1)).backward()
+    assert scores_NE.grad[:, 0].sum() > 0 > scores_NE.grad[:, 1].sum()
+    scores_NE.grad = None
+    noisy_NE = scores_NE.detach() + torch.randn(30, 3) / 3
+    load_loss(scores_NE=scores_NE, noisy_NE=noisy_NE, k=1, deviation=1 / 3).backward()
+    assert scores_NE.grad[:, 0].sum() > 0 > scores_NE.grad[:, 1].sum()
+
+
+def test_load_is_the_chance_to_be_chosen_under_new_noise(seeded):
+    scores_NE, k, deviation = torch.randn(6, 4), 2, 0.25
+    noisy_NE = scores_NE + deviation * torch.randn(6, 4)
+    threshold_N1 = noisy_NE.topk(k).values[:, -1:]
+    drawn_RNE = scores_NE + deviation * torch.randn(20_000, 6, 4)
+    total_E = (drawn_RNE > threshold_N1).double().mean(0).sum(0)
+    wanted = total_E.var(correction=0) / total_E.mean() ** 2
+    found = load_loss(scores_NE=scores_NE, noisy_NE=noisy_NE, k=k, deviation=deviation)
+    assert found.item() == pytest.approx(wanted.item(), rel=0.05)
 
 
 def test_overload_against_loops_and_its_gradient_lowers_the_crowded_expert():

@@ -42,6 +42,17 @@ def test_consistency_ignores_the_order_of_slots():
     assert stats.consistency(a, b) == pytest.approx((1 + 0.5 + 0) / 3)
 
 
+def test_who_has_no_expert_counts_nowhere():
+    before, after = torch.tensor([[0, 1], [2, -1], [-1, -1], [0, 3]]), torch.tensor([[1, -1], [2, 3], [0, -1], [3, 0]])
+    assert stats.counts(before, 5).tolist() == [2, 1, 1, 1, 0]
+    assert stats.consistency(before, after) == 4 / 5
+    assert stats.fluctuation(before, after) == pytest.approx(1 / 5)
+    # Of 4 tokens 2 meet expert 0 after, 1 meets 1, 1 meets 2 and 2 meet 3; before, 2, 1, 1 and 1 of 5 assignments.
+    chance = (2 * 2 + 1 * 1 + 1 * 1 + 1 * 2) / (5 * 4)
+    assert stats.kappa(before, after, 5) == pytest.approx((4 / 5 - chance) / (1 - chance))
+    assert stats.effective_rank_by_expert(torch.eye(3), before[:3], 3) is None
+
+
 def test_fluctuation_is_what_consistency_leaves():
     before, after = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1, 0], [2, 7]])
     assert stats.fluctuation(before, after) == pytest.approx(0.25)

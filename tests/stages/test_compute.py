@@ -9,10 +9,10 @@ from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.compute import Measured
 from pipeline.models.build import build
 from pipeline.models.flops import active_parameters, flops_per_token
-from pipeline.models.heads import Classifier
-from stages import compute
+from pipeline.training.problems import Passages
+from stages import compute, problems
 from stages.paths import Cell, Paths
-from stages.pretrain import language_model
+from stages.problems import language_model
 
 TOKENS = np.frombuffer(b"one two three four five six " * 40, dtype=np.uint8).astype(np.uint16)
 GATE = ("methods.vqmoe.combine=gate",)
@@ -22,15 +22,16 @@ XL = ("model.positions=relative", "model.memory=32", "model.evaluate_memory=32")
 @pytest.fixture
 def paths(tmp_path):
     paths = Paths(tmp_path, tmp_path)
-    paths.data.mkdir(parents=True)
-    Tokenizer.bytes().save(paths.data / "tokenizer.json")
-    write_tokens(paths.data / "train.npy", [TOKENS])
+    paths.source.mkdir(parents=True)
+    Tokenizer.bytes().save(paths.source / "tokenizer.json")
+    for split in ("train", "valid", "test"):
+        write_tokens(paths.source / f"{split}.npy", [TOKENS])
     return paths
 
 
 def _params(tiny_params, method, *overrides):
     params = tiny_params("model.context=16", "model.evaluate_context=16", "finetune.crop=8", *overrides)
-    chosen = params.select(("model", "pretrain", "finetune"), method)
+    chosen = params.select(("data.view", "model", "pretrain", "finetune"), method)
     chosen.compute = SimpleNamespace(repeats=6)
     return chosen
 
@@ -104,17 +105,12 @@ def _moved(work, *models):
     ]
 
 
-def test_works_do_what_their_stages_do(tiny_params, seeded, monkeypatch):
-    params, cell, tokenizer = _params(tiny_params, "vqmoe", *GATE), Cell("vqmoe", 0), Tokenizer.bytes()
-    made = []
-
-    def classifier_of(*given):
-        made.append(Classifier(*given))
-        return made[-1]
-
-    monkeypatch.setattr(compute, "Classifier", classifier_of)
-    model = build(language_model(params, cell, tokenizer))
-    works = compute._works(model, params, cell, TOKENS, tokenizer)
+def test_works_do_what_their_stages_do(tiny_params, paths, seeded, monkeypatch):
+    params, cell = _params(tiny_params, "vqmoe", *GATE), Cell("vqmoe", 0)
+    source = problems.source(params, paths, cell)
+    model, task, made = source.fresh(), problems.made_up_task(params, cell, source), []
+    monkeypatch.setattr(Passages, "fresh", lambda self: made.append(build(self.spec)) or made[-1])
+    works = compute._works(params, source, model, task)
     (classifier,) = made
     assert set(works) == {f"{what}/{mode}" for what in ("train", "finetune", "infer") for mode in ("both", "discrete")}
     for one in (model, classifier.backbone):
@@ -136,8 +132,9 @@ def test_works_do_what_their_stages_do(tiny_params, seeded, monkeypatch):
     assert seen == [(False, False), (False, False)]
 
 
-def test_growing_routers_stand_half_way(tiny_params, seeded):
-    params, cell, tokenizer = _params(tiny_params, "smoe_dropout"), Cell("smoe_dropout", 0), Tokenizer.bytes()
-    model = build(language_model(params, cell, tokenizer))
-    compute._works(model, params, cell, TOKENS, tokenizer)
+def test_growing_routers_stand_half_way(tiny_params, paths, seeded):
+    params, cell = _params(tiny_params, "smoe_dropout"), Cell("smoe_dropout", 0)
+    source = problems.source(params, paths, cell)
+    model = source.fresh()
+    compute._works(params, source, model, problems.made_up_task(params, cell, source))
     assert [layer.router.growing for layer in model.moe_layers] == [3, 3]

@@ -39,22 +39,22 @@ def test_the_manifest_describes_what_was_written(tiny_params, corpus_folder, tas
     manifest = json.loads((paths.data / "manifest.json").read_text())
     assert {key: manifest[key] for key in type(params.data).model_fields} == params.data.model_dump()
     written = {path.name for path in paths.data.iterdir()} - {"manifest.json"}
-    assert written == {"train.npy", "valid.npy", "test.npy", "tokenizer.json", "tasks", "shifts"}
-    assert [path.name for path in (paths.data / "tasks").iterdir()] == ["toy.jsonl"]
+    assert written == {"source", "tasks", "shifts"}
+    assert [path.name for path in (paths.data / "tasks").iterdir()] == ["toy"]
     shifts = {"other.npy"} | ({"raw.npy"} if (view, kind) == ("text27", "bytes") else set())
     assert {path.name for path in (paths.data / "shifts").iterdir()} == shifts
     # The shift is to the same corpus here.
-    assert (paths.data / "shifts/other.npy").read_bytes() == (paths.data / "test.npy").read_bytes()
+    assert (paths.data / "shifts/other.npy").read_bytes() == (paths.source / "test.npy").read_bytes()
     assert manifest["sha256"] == {name: digest(paths.data / name) for name in written}
     assert manifest["examples"] == {"toy": {"train": 24, "valid": 8, "test": 12}}
     assert manifest["labels"]["toy"]["test"] == {"first": 6, "second": 6}
-    assert set(manifest["references"]["tfidf"]["toy"]) == {"accuracy", "macro_f1", "majority"}
-    tokenizer = Tokenizer.load(paths.data / "tokenizer.json")
+    assert set(manifest["references"]["tasks"]["toy"]) == {"accuracy", "macro_f1", "majority"}
+    tokenizer = Tokenizer.load(paths.source / "tokenizer.json")
     assert tokenizer.kind == kind
     # <eos>, <unk> and the ten words and "follows" with and without their dots; five entries; 300; and the pad token.
     assert manifest["ids"] == tokenizer.size == {"words": vocabulary or 23, "bpe": 300, "bytes": 256, "characters": 27}[kind] + 1
     for split in SPLITS:
-        ids = np.load(paths.data / f"{split}.npy")
+        ids = np.load(paths.source / f"{split}.npy")
         assert ids.dtype == tokenizer.dtype == np.uint16
         assert manifest["tokens"][split] == len(ids)
         original = (corpus_folder / f"{split}.txt").read_text()
@@ -75,7 +75,7 @@ def _prepare(tiny_params, task_file, tmp_path, corpus, view="bytes"):
     paths = Paths(tmp_path, tmp_path / "out")
     counts = prepare.run(params.select(SECTIONS["prepare"]), paths)
     assert {path.name for path in (tmp_path / "out/outputs").iterdir()} == {"data"}
-    return counts, {split: bytes(open_tokens(paths.data / f"{split}.npy").astype(np.uint8)) for split in SPLITS}
+    return counts, {split: bytes(open_tokens(paths.source / f"{split}.npy").astype(np.uint8)) for split in SPLITS}
 
 
 def test_half_a_character_of_enwik8_is_its_bytes(tiny_params, task_file, tmp_path, publish):

@@ -14,10 +14,10 @@ from stages.paths import SECTIONS, Cell, Paths
 def paths(corpus_folder, tmp_path):
     """Tokens of the folder corpus, as `prepare` leaves them."""
     paths, tokenizer = Paths(tmp_path, tmp_path / "out"), Tokenizer.bytes()
-    paths.data.mkdir(parents=True)
-    tokenizer.save(paths.data / "tokenizer.json")
+    paths.source.mkdir(parents=True)
+    tokenizer.save(paths.source / "tokenizer.json")
     for split in ("train", "valid", "test"):
-        write_tokens(paths.data / f"{split}.npy", [tokenizer.encode((corpus_folder / f"{split}.txt").read_text())])
+        write_tokens(paths.source / f"{split}.npy", [tokenizer.encode((corpus_folder / f"{split}.txt").read_text())])
     return paths
 
 

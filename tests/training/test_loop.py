@@ -20,6 +20,7 @@ def training(**changes):
         "beta2": 0.98,
         "ramp": 0.1,
         "clip": 1.0,
+        "weight_decay": 0.0,
         "validate_every": 5,
     }
     return Training(**(values | changes))

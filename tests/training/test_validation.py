@@ -173,13 +173,27 @@ def test_fluctuation_is_that_of_all_assignments_layer_by_layer(tiny_spec, segmen
 
 
 def test_assignments_are_kept_whole_whatever_the_number_of_experts():
-    for experts, kind in ((1, torch.uint8), (256, torch.uint8), (257, torch.int16), (40_000, torch.int32)):
-        model = SimpleNamespace(moe_layers=[SimpleNamespace(experts=SimpleNamespace(count=experts))])
+    for experts, kind in ((1, torch.int8), (128, torch.int8), (129, torch.int16), (40_000, torch.int32)):
+        model = SimpleNamespace(expert_blocks=(0,), moe_layers=[SimpleNamespace(experts=SimpleNamespace(count=experts))])
         tally = RoutingTally(model, keep=True)
         index_NK = torch.tensor([[experts - 1]])
         tally(SimpleNamespace(layers=[LayerOutput(torch.zeros(1, 1), {}, index_NK, None)]))
         assert tally._index[0][0].dtype is kind
         assert torch.equal(tally._index[0][0].long(), index_NK)
+
+
+def test_who_has_no_expert_counts_nowhere():
+    def fed(*batches):
+        layer = SimpleNamespace(experts=SimpleNamespace(count=3))
+        tally = RoutingTally(SimpleNamespace(expert_blocks=(0, 1), moe_layers=[layer, layer]), keep=True)
+        for batch in batches:
+            tally(SimpleNamespace(layers=[LayerOutput(torch.zeros(2, 1), {}, torch.tensor(index), None) for index in batch]))
+        return tally
+
+    tally = fed(([[0, 1], [0, -1]], [[0, 1], [2, 1]]), ([[0, 2], [-1, -1]], [[0, 1], [2, -1]]))
+    assert tally.expert_shares()[0].tolist() == [3 / 5, 1 / 5, 1 / 5]
+    later = fed(([[0, 1], [1, 0]], [[0, 1], [2, 1]]), ([[2, -1], [-1, 0]], [[0, 1], [2, 0]]))
+    assert later.fluctuation(tally) == pytest.approx([1 / 5, 0])
 
 
 def test_the_history_compares_each_validation_with_the_one_before(tiny_spec, segments, seeded):

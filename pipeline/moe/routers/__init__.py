@@ -9,6 +9,7 @@ from pipeline.moe.routers.hyperrouter import HyperRouter
 from pipeline.moe.routers.smoe import SMoE
 from pipeline.moe.routers.smoe_dropout import SMoEDropout
 from pipeline.moe.routers.stablemoe import StableMoE
+from pipeline.moe.routers.vmoe import VMoE
 from pipeline.moe.routers.xmoe import XMoE
 
 ROUTERS = {
@@ -18,4 +19,5 @@ ROUTERS = {
     "smoe_dropout": SMoEDropout,
     "hyperrouter": HyperRouter,
     "competesmoe": CompeteSMoE,
+    "vmoe": VMoE,
 }

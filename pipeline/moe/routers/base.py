@@ -4,14 +4,14 @@ Shapes: N tokens, D width, E experts, K experts per token, C codes.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-# How a layer is used: `both` paths of VQMoE, its `discrete` path alone, a `router` with few experts per token, or
-# `dense`: all experts (or the one there is). Of its `modes`, a layer pre-trains in the first; after that it is used in the
-# second, or in the one there is; others are ablations.
+# How a layer is used: `both` paths of VQMoE, its `discrete` path alone, a `router` with few experts per token (or few mixes of
+# tokens per expert), or `dense`: all experts (or the one there is). Of its `modes`, a layer pre-trains in the first; after that
+# it is used in the second, or in the one there is; others are ablations.
 Mode = Literal["both", "router", "discrete", "dense"]
 
 
@@ -23,7 +23,7 @@ class Loss(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """A router's answer for N tokens: which K of E experts, with what weight, from which scores."""
+    """A router's answer for N tokens: which K of E experts (-1: none), with what weight, from which scores."""
 
     index_NK: Tensor
     weight_NK: Tensor
@@ -32,7 +32,7 @@ class Routing(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """Result y (N, D), auxiliary losses, the experts each token went to (N, K).
+    """Result y (N, D), auxiliary losses, the experts each token went to (N, K), -1 where an expert took no more.
 
     With a quantizer also each token's code (N,) and the quantization error: squared, mean over elements. `scores` are those
     that made the choice, without gradient, the highest the first choice: of the experts (N, E), or where a codebook chose, in
@@ -48,7 +48,10 @@ class LayerOutput(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a layer is built for: model width, number of experts and their hidden width, token ids, activation dropout."""
+    """What a layer is built for: model width, number of experts and their hidden width, token ids, activation dropout.
+
+    Where tokens have no ids, as patches of an image, their number is 0.
+    """
 
     width: int
     experts: int
@@ -61,6 +64,13 @@ class Settings(BaseModel):
     """Base of a method's section in params.yaml: frozen, typed, no unknown key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    needs_ids: ClassVar[bool] = False  # whether tokens are routed by their ids, which those of an image do not have
+
+    @property
+    def causal(self) -> bool:
+        """Whether what a token gets depends on no other token of the batch, as when a text's next tokens are predicted."""
+        return True
 
     def check(self, experts: int) -> None:
         """Raise ValueError if the settings cannot work with this many experts."""

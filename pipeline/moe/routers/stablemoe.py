@@ -4,7 +4,7 @@ Shapes: N tokens, D width, E experts, K experts per token, T width of the light 
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ class StableMoE(Router):
     """
 
     class Settings(Settings):
+        needs_ids: ClassVar[bool] = True
+
         top_k: Annotated[int, Field(gt=0)]
         balance: Annotated[float, Field(ge=0)]
         distil: Annotated[float, Field(ge=0)]
