@@ -43,7 +43,7 @@ vqmoe train --params presets/tiny.yaml --method smoe     # or one method, in a f
 ```
 
 `tiny` shows in a minute and a half that everything works. `evidence/text` compares all methods on the embedded corpus with two
-seeds, `evidence/robustness` (not run yet) puts the paper's five methods and dense under noise with three seeds and three tasks;
+seeds, `evidence/robustness` puts the paper's five methods and dense under noise with three seeds and three tasks;
 [EXPERIMENTS.md](EXPERIMENTS.md) has what came out. `paper/<corpus>-<model>` are the published settings of
 [arXiv 2411.19402](https://arxiv.org/abs/2411.19402): 4 layers of width 256 with 8 heads of 64, 16 experts of 512 and 16 codes,
 post-norm, dropout 0.1; Adam with beta2 0.999 from 3.5e-4 by a cosine to 0, no ramp, gradients clipped at 0.25, 100,000 steps of
