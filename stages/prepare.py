@@ -78,31 +78,32 @@ def _texts(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[st
 def _images(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     data, given = params.data, params.prepare
     sources = {"images": data.corpus} | dict(data.tasks)
-    sets, counts = {}, {"examples": {}, "skipped": {}}
+    sets: dict[str, images.ImageSet] = {}  # by source, which is read once
+    counts = {"examples": {}, "skipped": {}}
     with Progress("prepare", total=len(sources) + len(data.shifts), unit="set") as progress:
         for name, source in sources.items():
             place = folder / "source" if name == "images" else folder / "tasks" / name
-            again = next((sets[other] for other, known in sources.items() if known == source and other in sets), None)
-            sets[name] = again or images.load_images(source, paths.root, data.view, given.size, given.valid, given.broken)
-            images.write_set(place, sets[name])
-            counts["examples"][name] = {split: len(sets[name].splits[split].labels_N) for split in SPLITS}
-            counts["skipped"][name] = sets[name].skipped
+            if source not in sets:
+                sets[source] = images.load_images(source, paths.root, data.view, given.size, given.valid, given.broken)
+            found = sets[source]
+            images.write_set(place, found)
+            counts["examples"][name] = {split: len(found.splits[split].labels_N) for split in SPLITS}
+            counts["skipped"][name] = found.skipped
             progress.advance()
         for name, source in data.shifts.items():
-            classes = sets["images"].classes
+            classes = sets[data.corpus].classes
             shift, skipped = images.load_shift(source, paths.root, data.view, given.size, classes, given.broken)
             images.write_images(folder / "shifts" / name, shift)
             counts["skipped"][name] = skipped
             progress.advance()
     with Progress("references", total=len(sets)) as progress:
-        references: dict[str, Any] = {"classifier": "logistic regression on pixels", "tasks": {}}
-        known: dict[str, dict[str, float]] = {}
-        for name, found in sets.items():
-            if sources[name] not in known:
-                known[sources[name]] = pixels(found.splits["train"], found.splits["test"])
-            references["tasks"][name] = known[sources[name]]
+        linear = {}
+        for source, found in sets.items():
+            linear[source] = pixels(found.splits["train"], found.splits["test"])
             progress.advance()
-    return counts, {"classes": {name: list(found.classes) for name, found in sets.items()}, "references": references}
+    tasks = {name: linear[source] for name, source in sources.items()}
+    classes = {name: list(sets[source].classes) for name, source in sources.items()}
+    return counts, {"classes": classes, "references": {"classifier": "logistic regression on pixels", "tasks": tasks}}
 
 
 def _labels(task: Task, split: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pipeline.data.batches import open_tokens
 from pipeline.data.images import open_images, open_set
 from pipeline.data.tasks import read_task
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.evaluation.image_bench import ImageBench, Pictures, Shift, pictures
+from pipeline.evaluation.image_bench import ImageBench, Pictures, pictures
 from pipeline.evaluation.records import MEASURES, Record
 from pipeline.evaluation.text_bench import TextBench
 from pipeline.files import output_folder, write_rows
@@ -94,10 +94,7 @@ def _texts(params: SimpleNamespace, paths: Paths, cell: Cell) -> Iterator[Test]:
 
 def _images(params: SimpleNamespace, paths: Paths, cell: Cell) -> Iterator[Test]:
     found = open_set(paths.source)
-    shifts = {}
-    for name in params.data.shifts:
-        images = open_images(paths.data / "shifts" / name, len(found.classes))
-        shifts[name] = Shift(images, sorted(set(images.labels_N.tolist())))
+    shifts = {name: open_images(paths.data / "shifts" / name, len(found.classes)) for name in params.data.shifts}
     model = checkpoint.load(paths.output("pretrain", cell), problems.image_classifier(params, cell, found))
 
     def bench(progress: Progress) -> ImageBench:

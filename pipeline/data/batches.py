@@ -103,9 +103,14 @@ def segments(tokens: np.ndarray, context: int, limit: int | None = None) -> np.n
     return np.stack([tokens[start : start + context + 1] for start in starts])
 
 
+def evenly(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of the numbers under `count`, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, limit).astype(int))
+
+
 def spaced(examples: Sequence[Example], limit: int) -> list[Example]:
     """At most `limit` examples, evenly spaced over all."""
-    return [examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, limit).astype(int))]
+    return [examples[i] for i in evenly(len(examples), limit)]
 
 
 def encode_examples(

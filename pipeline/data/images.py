@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from pipeline.data.batches import generator, shuffled
+from pipeline.data.batches import evenly, generator, shuffled
 from pipeline.data.corpora import SPLITS
 from pipeline.data.image_files import ARRAYS, FOLDERS, Broken, Stored
 from pipeline.data.image_sets import held_out, stored_images
@@ -179,7 +179,7 @@ def image_batch(images: Images, batch: int, seed: int, step: int, pad: int, flip
 
 def spaced_images(images: Images, limit: int) -> Images:
     """At most `limit` images, evenly spaced over all."""
-    rows = np.unique(np.linspace(0, len(images.labels_N) - 1, limit).astype(int))
+    rows = evenly(len(images.labels_N), limit)
     return Images(images.pixels_NCHW[rows], images.labels_N[rows])
 
 

@@ -80,7 +80,7 @@ def greedy(
             stay_BT &= _rank(rise_BT, stay_BT) < most_B1 - block_BT.sum(1, keepdim=True)
             tried_BT = torch.where(block_BT, new_BT, torch.where(stay_BT, text_BT, clean_BT))
             with torch.no_grad():
-                tried_B = _check(loss(tried_BT, rows_B), "loss")
+                tried_B = finite(loss(tried_BT, rows_B), "loss")
             # What the block adds to the edits that stay: the loss without those that make way is not known, but their rise is.
             rise_B = tried_B - loss_B + (rise_BT * (made_BT & ~stay_BT)).sum(1)
             block_rise_BT = torch.where(block_BT, (rise_B / block_BT.sum(1))[:, None], rise_BT)
@@ -136,8 +136,8 @@ def _steepest(loss: Loss, embedding: nn.Embedding, tokens_BT: Tensor, rows_B: Te
             (gradient_BTD,) = torch.autograd.grad(loss_B.sum(), x_BTD)
     finally:
         hook.remove()
-    _check(loss_B, "loss")
-    _check(gradient_BTD, "gradient")
+    finite(loss_B, "loss")
+    finite(gradient_BTD, "gradient")
     symbol_CD = embedding.weight.detach()[symbols_C]
     # One sequence at a time: (T, C) is large for a vocabulary of words.
     best = [
@@ -147,7 +147,8 @@ def _steepest(loss: Loss, embedding: nn.Embedding, tokens_BT: Tensor, rows_B: Te
     return loss_B.detach(), symbols_C[torch.stack(best)]
 
 
-def _check(value: Tensor, name: str) -> Tensor:
+def finite(value: Tensor, name: str) -> Tensor:
+    """The value. Raises Failure if it is not finite."""
     if not value.isfinite().all():
         raise Failure(f"the {name} under attack is not finite; train the model again with a lower learning rate")
     return value

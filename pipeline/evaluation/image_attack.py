@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import Failure
+from pipeline.evaluation.attack import finite
 
 # The step of PGD, as a share of eps.
 STEP = 0.15
@@ -65,15 +65,9 @@ def _ascent(loss: Loss, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         pixels_BCHW = pixels_BCHW.detach().requires_grad_()
         loss_B = loss(pixels_BCHW)
         (gradient_BCHW,) = torch.autograd.grad(loss_B.sum(), pixels_BCHW)
-    return _finite(loss_B.detach(), "loss"), _finite(gradient_BCHW, "gradient")
+    return finite(loss_B.detach(), "loss"), finite(gradient_BCHW, "gradient")
 
 
 @torch.no_grad()
 def _loss(loss: Loss, pixels_BCHW: Tensor) -> Tensor:
-    return _finite(loss(pixels_BCHW), "loss")
-
-
-def _finite(value: Tensor, name: str) -> Tensor:
-    if not value.isfinite().all():
-        raise Failure(f"the {name} under attack is not finite; train the model again with a lower learning rate")
-    return value
+    return finite(loss(pixels_BCHW), "loss")

@@ -4,8 +4,7 @@ Shapes: S images, P patches, L layers, V versions of an image, K assignments per
 patches.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ImageRobustness
+from pipeline.data.batches import evenly
 from pipeline.data.image_noise import corrupt_images
 from pipeline.data.images import Images, spaced_images
 from pipeline.errors import Failure
@@ -20,7 +20,7 @@ from pipeline.evaluation.image_attack import fgsm, pgd
 from pipeline.evaluation.pictures import CLEAN, Coded, Pictures, nearest_patches
 from pipeline.evaluation.records import Record
 from pipeline.evaluation.robustness import BATCH, Effect, Trace, classifier_effect
-from pipeline.evaluation.routing import collapse, spread
+from pipeline.evaluation.routing import collapse
 from pipeline.models.vit import Vit
 from pipeline.moe.layer import Mode
 from pipeline.moe.quantizers.base import Quantized
@@ -31,13 +31,6 @@ from pipeline.training.validation import RoutingTally, Watch
 SHOWN, SHOWN_KINDS, SHOWN_SEVERITY, NEAREST = 2, 2, 3, 8
 
 
-class Shift(NamedTuple):
-    """Images of some of a model's classes, and which of its labels those are."""
-
-    images: Images
-    labels: Sequence[int]
-
-
 class ImageBench:
     """Puts classifiers of images under the corruptions and attacks of params, and shifts."""
 
@@ -45,7 +38,7 @@ class ImageBench:
         self.settings, self.seed, self.progress = settings, seed, progress
 
     def test(
-        self, model: Vit, mode: Mode, record: Record, test: Images, shifts: Mapping[str, Shift]
+        self, model: Vit, mode: Mode, record: Record, test: Images, shifts: Mapping[str, Images]
     ) -> tuple[RoutingTally, list[dict[str, float]]]:
         some = spaced_images(test, self.settings.images)
         pixels_SCHW, labels_S = torch.from_numpy(np.array(some.pixels_NCHW)), torch.from_numpy(np.array(some.labels_N))
@@ -59,9 +52,8 @@ class ImageBench:
                 noisy = image_trace(model, noisy_SCHW / 255, mode)
                 record.add("noise", kind, float(severity), classifier_effect(clean, noisy, labels_S, source_SP, experts))
                 self.progress.advance()
-        rows = torch.from_numpy(spread(len(labels_S), self.settings.attack_images))
-        # Not those of `clean`: what a full expert turns away depends on the batch.
-        base = image_trace(model, pixels_SCHW[rows] / 255, mode)
+        rows = torch.from_numpy(evenly(len(labels_S), self.settings.attack_images))
+        base = clean.some(rows)
         for kind in self.settings.attacks:
             for eps in self.settings.attack_eps:
                 hurt = self._attacked(kind, eps, model, mode, pixels_SCHW[rows] / 255, labels_S[rows])
@@ -87,9 +79,9 @@ class ImageBench:
                 found.append(pgd(loss, pixels_SCHW[rows], eps / 255, steps=steps, seed=self.seed, index_B=rows))
         return torch.cat(found)
 
-    def _shifted(self, model: Vit, mode: Mode, name: str, shift: Shift, test: Images) -> Effect:
+    def _shifted(self, model: Vit, mode: Mode, name: str, shift: Images, test: Images) -> Effect:
         """The model chooses among the shift's classes alone; what is lost is against clean test images of those classes."""
-        among = torch.tensor(sorted(shift.labels))
+        among = torch.from_numpy(np.unique(shift.labels_N))
         own = np.flatnonzero(np.isin(test.labels_N, among.numpy()))
         if not len(own):
             raise Failure(f"data.shifts: the test split has no image of the classes of {name}; drop it")
@@ -99,7 +91,7 @@ class ImageBench:
             scores_SL = image_trace(model, torch.from_numpy(np.array(some.pixels_NCHW)) / 255, mode).scores
             return (among[scores_SL[:, among].argmax(1)] == torch.from_numpy(np.array(some.labels_N))).double().numpy()
 
-        right_S, clean_S = right(shift.images), right(Images(test.pixels_NCHW[own], test.labels_N[own]))
+        right_S, clean_S = right(shift), right(Images(test.pixels_NCHW[own], test.labels_N[own]))
         return Effect(right_S, clean_S.mean() - right_S, clean_S=clean_S)
 
 

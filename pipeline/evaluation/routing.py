@@ -5,7 +5,6 @@ Shapes: S sequences, B sequences of a batch, T positions, N tokens, D width, E e
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,11 +57,6 @@ def _assignments(model: Backbone, run: Callable[[Tensor], Hidden], rows_B: Tenso
         for hook in hooks:
             hook.remove()
     return [(x_ND, output.index_NK) for x_ND, output in zip(read, hidden.layers, strict=True)]
-
-
-def spread(count: int, limit: int) -> np.ndarray:
-    """At most `limit` of the numbers under `count`, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, limit).astype(int))
 
 
 def _spaced(rows: Tensor, count: int) -> Tensor:

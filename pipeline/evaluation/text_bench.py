@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import TextRobustness, TextView
-from pipeline.data.batches import encode_examples, segments, spaced
+from pipeline.data.batches import encode_examples, evenly, segments, spaced
 from pipeline.data.corpora import view as viewed
 from pipeline.data.corruption import Alphabet, alphabet, corrupt_text, rng_for
 from pipeline.data.tasks import Example, Task, groups
@@ -25,7 +25,7 @@ from pipeline.evaluation.robustness import (
     shift_effect,
     texts,
 )
-from pipeline.evaluation.routing import collapse, spread
+from pipeline.evaluation.routing import collapse
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
 from pipeline.moe.layer import Mode
@@ -60,7 +60,7 @@ class TextBench:
             noisy = language_trace(model, given, clean_segments, mode)
             record.add("noise", noise.kind, noise.rate, language_effect(clean, noisy, given.source_ST, experts))
             self.progress.advance()
-        some = spread(len(inputs), self.settings.attack_texts)
+        some = evenly(len(inputs), self.settings.attack_texts)
         target_ST = torch.from_numpy(clean_segments[some, 1:].astype(np.int64))
         base = clean.some(some)
 
@@ -98,7 +98,7 @@ class TextBench:
             record.add("noise", noise.kind, noise.rate, classifier_effect(clean, noisy, labels_S, given.source_ST, aligned))
             self.progress.advance()
         record.units |= {f"{record.name['model']}/{key}": numbers for key, numbers in groups(passages).items()}
-        some = spread(len(passages), self.settings.attack_texts)
+        some = evenly(len(passages), self.settings.attack_texts)
         attacked = [passages[i] for i in some]
         record.units |= {f"{record.name['model']}/attack/{key}": numbers for key, numbers in groups(attacked).items()}
         base, chosen = clean.some(some), texts([encoded.ids[i] for i in some], self.context, pad)
