@@ -55,7 +55,7 @@ ImageAttack = Literal["fgsm", "pgd"]
 
 # What results call the pre-trained model, conditions and families of them.
 _CONDITIONS = {*get_args(Corruption), *get_args(ImageCorruption), *get_args(ImageAttack), "greedy", "raw"}
-RESERVED = {"language", "images", "clean", "noise", "attack", "shift", *_CONDITIONS}
+RESERVED = {"language", "images", "clean", "noise", "attack", "shift", "outside", *_CONDITIONS}
 
 
 # Noise that tokens other than single characters cannot have.
@@ -107,7 +107,7 @@ class Data(Section):
     tasks: Annotated[dict[Key, Name], Field(min_length=1)]
     shifts: dict[Key, Name]
 
-    @field_validator("tasks", "shifts")
+    @field_validator("tasks", "shifts", "outside", check_fields=False)
     @classmethod
     def _no_reserved_name(cls, value: dict[str, str]) -> dict[str, str]:
         for name in RESERVED & value.keys():
@@ -133,6 +133,13 @@ class TextData(Data):
 
 class ImageData(Data):
     view: ImageView
+    outside: dict[Key, Name]
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "ImageData":
+        if both := sorted(self.shifts.keys() & self.outside.keys()):
+            raise ValueError(f"outside: has the name '{both[0]}', which shifts has too; choose another")
+        return self
 
 
 class TextPrepare(Section):

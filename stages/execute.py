@@ -9,7 +9,6 @@ from typing import Any
 from pipeline import tracking
 from pipeline.config import Params, flat
 from pipeline.data.corpora import exists, source
-from pipeline.data.image_sets import image_source
 from pipeline.data.tasks import task_source
 from pipeline.errors import Failure
 from pipeline.files import read_json, write_json
@@ -73,7 +72,12 @@ def _cost(started: float) -> dict[str, float]:
 def _sources(data: Any, paths: Paths) -> list[Path]:
     """Files or folders that corpus and task come from."""
     if of_images(data.view):
-        named = [image_source(name, paths.root) for name in (data.corpus, *data.tasks.values(), *data.shifts.values())]
+        from pipeline.data.image_sets import image_source
+
+        named = [
+            image_source(name, paths.root)
+            for name in (data.corpus, *data.tasks.values(), *data.shifts.values(), *data.outside.values())
+        ]
     else:
         named = [source(corpus, paths.root) for corpus in (data.corpus, *data.shifts.values())]
         named += [task_source(task, paths.root) for task in data.tasks.values()]

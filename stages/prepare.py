@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data import images
 from pipeline.data.archives import MIB, encoded
 from pipeline.data.batches import open_tokens, write_tokens
 from pipeline.data.corpora import SPLITS, Document, Split, load_corpus, stream
@@ -22,13 +21,13 @@ from stages.paths import Paths, of_images
 
 
 def run(params: SimpleNamespace, paths: Paths) -> dict:
-    """Writes what is pre-trained on (source/), tasks/, shifts/ and a manifest.
+    """Writes what is pre-trained on (source/), tasks/, shifts/, of images outside/ too, and a manifest.
 
     Returns counts and the references: bits per character of compressors on test, and in every task what a linear classifier
     scores, of words (TF-IDF) or pixels.
     """
     with output_folder(paths.data) as folder:
-        for name in ("source", "tasks", "shifts"):
+        for name in ("source", "tasks", "shifts", *(("outside",) if of_images(params.data.view) else ())):
             (folder / name).mkdir()
         counts, more = (_images if of_images(params.data.view) else _texts)(params, paths, folder)
         files = {path.name: digest(path) for path in sorted(folder.iterdir())}
@@ -76,26 +75,30 @@ def _texts(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[st
 
 
 def _images(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from pipeline.data.image_decode import load_images, load_outside, load_shift
+    from pipeline.data.images import ImageSet, write_images, write_set
+
     data, given = params.data, params.prepare
     sources = {"images": data.corpus} | dict(data.tasks)
-    sets: dict[str, images.ImageSet] = {}  # by source, which is read once
+    others = {"shifts": (load_shift, data.shifts), "outside": (load_outside, data.outside)}
+    sets: dict[str, ImageSet] = {}  # by source, which is read once
     counts = {"examples": {}, "skipped": {}}
-    with Progress("prepare", total=len(sources) + len(data.shifts), unit="set") as progress:
+    with Progress("prepare", total=len(sources) + len(data.shifts) + len(data.outside), unit="set") as progress:
         for name, source in sources.items():
             place = folder / "source" if name == "images" else folder / "tasks" / name
             if source not in sets:
-                sets[source] = images.load_images(source, paths.root, data.view, given.size, given.valid, given.broken)
+                sets[source] = load_images(source, paths.root, data.view, given.size, given.valid, given.broken)
             found = sets[source]
-            images.write_set(place, found)
+            write_set(place, found)
             counts["examples"][name] = {split: len(found.splits[split].labels_N) for split in SPLITS}
             counts["skipped"][name] = found.skipped
             progress.advance()
-        for name, source in data.shifts.items():
-            classes = sets[data.corpus].classes
-            shift, skipped = images.load_shift(source, paths.root, data.view, given.size, classes, given.broken)
-            images.write_images(folder / "shifts" / name, shift)
-            counts["skipped"][name] = skipped
-            progress.advance()
+        for place, (load, named) in others.items():
+            for name, source in named.items():
+                found, skipped = load(source, paths.root, data.view, given.size, sets[data.corpus].classes, given.broken)
+                write_images(folder / place / name, found)
+                counts["skipped"][name] = skipped
+                progress.advance()
     with Progress("references", total=len(sets)) as progress:
         linear = {}
         for source, found in sets.items():

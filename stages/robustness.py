@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from safetensors.numpy import save_file
 
 from pipeline.data.batches import open_tokens
-from pipeline.data.images import open_images, open_set
+from pipeline.data.images import Images, open_images, open_set
 from pipeline.data.tasks import read_task
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.evaluation.image_bench import ImageBench, Pictures, pictures
+from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.records import MEASURES, Record
 from pipeline.evaluation.text_bench import TextBench
 from pipeline.files import output_folder, write_rows
@@ -93,8 +93,14 @@ def _texts(params: SimpleNamespace, paths: Paths, cell: Cell) -> Iterator[Test]:
 
 
 def _images(params: SimpleNamespace, paths: Paths, cell: Cell) -> Iterator[Test]:
+    # Loads torchvision, which texts need not wait for.
+    from pipeline.evaluation.image_bench import ImageBench
+
     found = open_set(paths.source)
-    shifts = {name: open_images(paths.data / "shifts" / name, len(found.classes)) for name in params.data.shifts}
+    others: dict[str, dict[str, Images]] = {
+        "shifts": {name: open_images(paths.data / "shifts" / name, len(found.classes)) for name in params.data.shifts},
+        "outside": {name: open_images(paths.data / "outside" / name) for name in params.data.outside},
+    }
     model = checkpoint.load(paths.output("pretrain", cell), problems.image_classifier(params, cell, found))
 
     def bench(progress: Progress) -> ImageBench:
@@ -104,7 +110,7 @@ def _images(params: SimpleNamespace, paths: Paths, cell: Cell) -> Iterator[Test]
         yield (
             "images",
             mode,
-            lambda record, progress, mode=mode: bench(progress).test(model, mode, record, found.splits["test"], shifts),
+            lambda record, progress, mode=mode: bench(progress).test(model, mode, record, found.splits["test"], **others),
         )
     for name in params.data.tasks:
         task, folder = open_set(paths.task(name)), paths.output("finetune", cell._replace(task=name))
@@ -113,12 +119,14 @@ def _images(params: SimpleNamespace, paths: Paths, cell: Cell) -> Iterator[Test]
             name,
             tuned.infer_mode,
             lambda record, progress, tuned=tuned, task=task: bench(progress).test(
-                tuned, tuned.infer_mode, record, task.splits["test"], {}
+                tuned, tuned.infer_mode, record, task.splits["test"]
             ),
         )
 
 
 def _pictures(params: SimpleNamespace, paths: Paths, cell: Cell) -> Pictures:
+    from pipeline.evaluation.image_bench import pictures
+
     found = open_set(paths.source)
     model = checkpoint.load(paths.output("pretrain", cell), problems.image_classifier(params, cell, found))
     return pictures(model, model.infer_mode, found.splits["test"], params.robustness, cell.seed)

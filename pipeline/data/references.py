@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional
 
 from pipeline.data.corpora import view
 from pipeline.data.images import Images, spaced_images
@@ -70,6 +69,8 @@ def pixels(train: Images, test: Images) -> dict[str, float]:
 
 def _small(pixels_NCHW: np.ndarray) -> np.ndarray:
     """As rows of numbers from 0 to 1, of at most `PIXEL_SIDE` pixels a side."""
+    from torchvision.transforms.v2 import functional
+
     side = min(PIXEL_SIDE, pixels_NCHW.shape[2])
     rows = [
         functional.resize(torch.from_numpy(np.array(chunk)), [side, side], antialias=True).flatten(1)

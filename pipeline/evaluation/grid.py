@@ -17,6 +17,9 @@ from pipeline.evaluation.statistics import Draws, Estimate, estimate
 # What rows call the pre-trained model.
 LANGUAGE, IMAGES = "language", "images"
 
+# Families of conditions whose kinds are other data, each with a mean of its own.
+OTHER_DATA = ("shift", "outside")
+
 Row = Mapping[str, Any]
 
 
@@ -136,7 +139,7 @@ class Grid:
             raise Failure(f"units of {method}: not those of its scores ({error}); run `dvc repro`") from None
         # Clean and noisy text are the same units; attacks and shifts have their own.
         own = {"attack": "/attack", "test": "/test"}.get(family, "")
-        return Sample(values_SU, model + (f"/{conditions[0][0]}" if family == "shift" else own))
+        return Sample(values_SU, model + (f"/{conditions[0][0]}" if family in OTHER_DATA else own))
 
     def interval(self, sample: Sample | None) -> Estimate | None:
         """Mean over seeds and units with its 95 % bootstrap interval."""
@@ -157,6 +160,16 @@ class Grid:
         scored = self.sample(method, model, "shift", "score", mode, (kind, 0.0))
         worse_R = self.draws.means(scored.values_SU, scored.units) - self.draws.means(clean.values_SU, clean.units)
         return estimate(float(lost.values_SU.mean()), worse_R if model == LANGUAGE else -worse_R)
+
+    def outside(self, method: str, model: str, kind: str) -> Estimate:
+        """How well the model tells clean images from others, both of them drawn.
+
+        The mean of a pair's order is not one of pairs that can be drawn alone: what drawing clean images and others moves is
+        added, which is its spread to the first order (DeLong et al. 1988).
+        """
+        others, clean = (self.sample(method, model, "outside", what, None, (kind, 0.0)) for what in ("score", "clean"))
+        area = float(others.values_SU.mean())
+        return estimate(area, self.draws.means(others.values_SU, others.units) + self.draws.means(clean.values_SU, model) - area)
 
     def by_seed(self, rows: Sequence[Row], method: str, name: str) -> np.ndarray | None:
         """Mean (S,) of a column over a method's rows of each seed; None where the column is empty or not there."""

@@ -75,7 +75,10 @@ def page(data: Any, grid: Grid, tables: Mapping[str, Table], csvs: Mapping[str, 
         claimant=CLAIMANT,
         few=too_few(len(grid.seeds)),
         unit=NAMES[grid.unit],
-        kinds={family: list(dict.fromkeys(kind for kind, _ in _all(grid, family))) for family in ("noise", "attack", "shift")},
+        kinds={
+            family: list(dict.fromkeys(kind for kind, _ in _all(grid, family)))
+            for family in ("noise", "attack", "shift", "outside")
+        },
         rates=sorted({rate for _, rate in _all(grid, "noise")}),
         sizes={m: grid.sample(first, m, "clean", "score").values_SU.shape[1] for m in grid.models},
         images=grid.base == IMAGES,

@@ -38,7 +38,13 @@ class ImageBench:
         self.settings, self.seed, self.progress = settings, seed, progress
 
     def test(
-        self, model: Vit, mode: Mode, record: Record, test: Images, shifts: Mapping[str, Images]
+        self,
+        model: Vit,
+        mode: Mode,
+        record: Record,
+        test: Images,
+        shifts: Mapping[str, Images] = {},
+        outside: Mapping[str, Images] = {},
     ) -> tuple[RoutingTally, list[dict[str, float]]]:
         some = spaced_images(test, self.settings.images)
         pixels_SCHW, labels_S = torch.from_numpy(np.array(some.pixels_NCHW)), torch.from_numpy(np.array(some.labels_N))
@@ -62,6 +68,9 @@ class ImageBench:
                 self.progress.advance()
         for name, shift in shifts.items():
             record.add("shift", name, 0.0, self._shifted(model, mode, name, shift, test))
+        for name, others in outside.items():
+            pixels = torch.from_numpy(np.array(spaced_images(others, self.settings.images).pixels_NCHW))
+            record.add("outside", name, 0.0, told_apart(clean.scores, image_trace(model, pixels / 255, mode).scores))
         valid_ST = torch.ones(len(labels_S), len(model.positions_TD), dtype=torch.bool)
         return tally, collapse(model, lambda rows: model(pixels_SCHW[rows] / 255, mode)[1], valid_ST)
 
@@ -93,6 +102,23 @@ class ImageBench:
 
         right_S, clean_S = right(shift), right(Images(test.pixels_NCHW[own], test.labels_N[own]))
         return Effect(right_S, clean_S.mean() - right_S, clean_S=clean_S)
+
+
+def told_apart(clean_SL: Tensor, outside_UL: Tensor) -> Effect:
+    """How well a model's confidence, its largest probability, tells images of its classes from others: the area under the ROC.
+
+    The score of an image outside is the share of clean images that the model is surer of, that of a clean one the share of
+    images outside that it is less sure of, ties half; the mean of either is the area.
+    """
+    clean_S, outside_U = (scores.double().softmax(1).amax(1).numpy() for scores in (clean_SL, outside_UL))
+    score_U = 1 - _below(clean_S, outside_U)
+    return Effect(score_U, 1 - score_U, clean_S=_below(outside_U, clean_S))
+
+
+def _below(values: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Share of the values below each of the given ones, equal ones half."""
+    ranked = np.sort(values)
+    return (ranked.searchsorted(given, "left") + ranked.searchsorted(given, "right")) / (2 * len(values))
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from pipeline.evaluation.grid import OTHER_DATA
 from pipeline.evaluation.robustness import Effect
 from pipeline.moe.layer import Mode
 from pipeline.training.validation import RoutingTally
 
 Row = dict[str, str | float | None]
 
-FAMILIES = ("clean", "noise", "attack", "shift")
+FAMILIES = ("clean", "noise", "attack", "shift", "outside")
 MEASURES = ("score", "degradation", "consistency", "kappa", "ece", "flips")
 
 
@@ -56,10 +57,11 @@ class Record:
         ]
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Mean of each measure over the conditions of a family; every shift stands alone."""
+        """Mean of each measure over the conditions of a family; every kind of other data stands alone."""
         result = {}
         for family in FAMILIES:
-            for kind in {row["kind"]: None for row in self.rows if row["family"] == family} if family == "shift" else (None,):
+            kinds = dict.fromkeys(row["kind"] for row in self.rows if row["family"] == family)
+            for kind in kinds if family in OTHER_DATA else (None,):
                 chosen = [row for row in self.rows if row["family"] == family and kind in (None, row["kind"])]
                 means = {name: [row[name] for row in chosen if row[name] is not None] for name in MEASURES}
                 result[kind or family] = {name: float(np.mean(values)) for name, values in means.items() if values}

@@ -116,8 +116,8 @@ class Effect(NamedTuple):
     """What a condition did, text by text, float64: the score (S,), and what it cost (S,), positive where it hurts.
 
     Where noisy positions have clean ones, also the share of assignments that stayed, per layer, and the same corrected for
-    chance. Of a classifier the expected calibration error and the share of predictions that changed. Of a shift of images
-    `clean_S`, the scores of the clean ones that it is compared with.
+    chance. Of a classifier the expected calibration error and the share of predictions that changed. Of other images `clean_S`,
+    the scores of the clean ones that they are compared with.
     """
 
     score_S: np.ndarray

@@ -171,6 +171,9 @@ def _robustness(grid: Grid, model: str) -> list[Measure]:
     rows.append(_worst(grid, model, f"{of}worst {what} under noise", digits, scale))
     rows.append(_scores(grid, model, f"{of}experts unchanged by noise %", "noise", "consistency"))
     rows.append(_scores(grid, model, "- corrected for chance (kappa) %", "noise", "kappa"))
+    for kind in dict.fromkeys(kind for method in grid.methods for kind, _ in grid.conditions(method, model, "outside")):
+        known = {method: grid.outside(method, model, kind) for method in grid.methods}
+        rows.append(Measure(f"{model}: told from {kind} by confidence %", known, 1, 100, "area under ROC, chance 50"))
     if not language:
         rows += [
             _scores(grid, model, f"{model}: calibration error %, clean", "clean", "ece"),

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 from torch import Tensor, nn
 
 from pipeline.config import ImageTraining
@@ -220,6 +219,9 @@ def scored(scores_UL: Tensor, labels_U: np.ndarray, names: tuple[str, ...], grou
 
 def label_scores(scores_UL: Tensor, labels_U: np.ndarray) -> dict[str, float]:
     """Mean cross-entropy, accuracy and macro-F1."""
+    # Loading scikit-learn takes a second, which language models need not wait for.
+    from sklearn.metrics import f1_score
+
     predicted = scores_UL.argmax(1).numpy()
     return {
         "nats": F.cross_entropy(scores_UL, torch.from_numpy(labels_U)).item(),
@@ -230,6 +232,8 @@ def label_scores(scores_UL: Tensor, labels_U: np.ndarray) -> dict[str, float]:
 
 def _by_class(scores_UL: Tensor, labels_U: np.ndarray, names: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
     """The confusion matrix, a row per true label and a column per predicted one, and scores of each label."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     given = {"y_true": labels_U, "y_pred": scores_UL.argmax(1).numpy(), "labels": range(len(names))}
     # No label is the empty text, so the head of the true labels' column is none of them.
     confusion = [

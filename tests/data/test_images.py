@@ -17,16 +17,14 @@ from torchvision import datasets
 
 from pipeline.data import archives
 from pipeline.data.corpora import SPLITS
+from pipeline.data.image_decode import fitted, load_images, load_outside, load_shift
 from pipeline.data.image_files import ARRAYS, FOLDERS
 from pipeline.data.image_sets import PUBLISHED, SETS, held_out, image_source
 from pipeline.data.images import (
     Images,
     ImageSet,
     channel_statistics,
-    fitted,
     image_batch,
-    load_images,
-    load_shift,
     open_images,
     open_set,
     spaced_images,
@@ -543,6 +541,16 @@ def test_a_shift_has_some_of_the_classes(tmp_path):
     lay(tmp_path / "shift", {"bee/0.png": b"broken", "bee/1.png": picture(plain(7))})
     shift, skipped = load_shift("shift", tmp_path, "rgb", 8, ("ant", "bee"), "skip")
     assert (shades(shift), skipped) == ([(6, 0), (7, 1)], 1)
+
+
+def test_what_is_outside_has_none_of_the_classes(tmp_path):
+    lay(tmp_path / "odd", {"bee/0.png": picture(plain(5)), "ant/0.png": picture(plain(6))})
+    outside, _ = load_outside("odd", tmp_path, "rgb", 8, ("cow", "dog"), "refuse")
+    assert shades(outside) == [(6, 0), (5, 1)]
+    fails(
+        r"odd: class 'bee' is trained, and data\.outside is for others; remove it there",
+        "odd", tmp_path, "rgb", 8, ("cow", "bee"), "refuse", call=load_outside,
+    )  # fmt: skip
 
 
 # Sizes and views

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from pipeline import config
 from pipeline.data.images import Images
 from pipeline.evaluation import image_bench
-from pipeline.evaluation.image_bench import ImageBench, image_trace, pictures
+from pipeline.evaluation.image_bench import ImageBench, image_trace, pictures, told_apart
 from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.records import Record
 from pipeline.models.build import Spec, build
@@ -61,10 +62,10 @@ def model_of(params, seeded):
     return make
 
 
-def rows(params, model, shifts=None):
+def rows(params, model, shifts=None, outside=None):
     record = Record("images", model.infer_mode)
     with Progress("", 1) as progress:
-        ImageBench(params.robustness, 0, progress).test(model, model.infer_mode, record, TEST, shifts or {})
+        ImageBench(params.robustness, 0, progress).test(model, model.infer_mode, record, TEST, shifts or {}, outside or {})
     return record
 
 
@@ -110,6 +111,27 @@ def test_a_shift_is_scored_among_its_classes(params, model_of):
     assert shift["score"] == np.mean(
         [(0 if s[0] >= s[2] else 2) == label for s, label in zip(seen.tolist(), labels, strict=True)]
     )
+
+
+def test_what_is_told_from_other_images_is_the_area_under_the_curve():
+    rng = np.random.default_rng(0)
+    # Few levels, so that there are ties.
+    clean, outside = (torch.from_numpy(rng.integers(0, 4, (count, 3)).astype(np.float32)) for count in (30, 20))
+    confidence = torch.cat([clean, outside]).double().softmax(1).amax(1).numpy()
+    effect = told_apart(clean, outside)
+    area = roc_auc_score(np.arange(50) < 30, confidence)
+    assert effect.score_S.shape == (20,) and effect.clean_S.shape == (30,)
+    assert effect.score_S.mean() == pytest.approx(area) and effect.clean_S.mean() == pytest.approx(area)
+    assert (effect.lost_S == 1 - effect.score_S).all()
+
+
+def test_other_images_are_a_condition_of_their_own(params, model_of):
+    model = model_of("smoe")
+    same = rows(params, model, outside={"odd": TEST})
+    (found,) = (row for row in same.rows if row["family"] == "outside")
+    assert (found["kind"], found["score"], found["consistency"]) == ("odd", pytest.approx(0.5, abs=0.05), None)
+    assert same.summary()["odd"]["score"] == found["score"]
+    assert same.units["images/router/odd/0.0/clean"].mean() == pytest.approx(found["score"])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class"])
@@ -160,7 +182,7 @@ def test_an_attack_that_may_change_nothing_costs_nothing_whoever_the_neighbours_
     for method in ("vmoe", "softmoe"):
         model, record = model_of(method), Record("images", "router")
         with Progress("", 1) as progress:
-            ImageBench(tiny, 0, progress).test(model, "router", record, TEST, {})
+            ImageBench(tiny, 0, progress).test(model, "router", record, TEST)
         for row in record.rows:
             if row["family"] == "attack":
                 assert (row["degradation"], row["consistency"], row["flips"]) == (0, 1, 0)

@@ -1,6 +1,8 @@
 """dvc.yaml against stages/paths.py, and both against what the code really imports."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,10 @@ def test_nothing_imports_the_command_line():
     for path in [*(REPOSITORY / "pipeline").rglob("*.py"), *(REPOSITORY / "stages").rglob("*.py")]:
         name = str(path.relative_to(REPOSITORY)).removesuffix(".py").replace("/", ".")
         assert "cli.py" not in _imported(name), name
+
+
+def test_training_on_text_loads_nothing_that_only_others_need():
+    """Each of them takes a second or more of every stage."""
+    code = "import sys, stages.pretrain, stages.execute; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert not {"torchvision", "sklearn", "scipy", "pandas", "mlflow", "matplotlib"} & set(done.stdout.split())

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from pipeline import config
@@ -159,7 +160,10 @@ def test_digits_are_prepared_with_what_to_compare_with(tmp_path):
 def test_the_report_of_images(paths):
     from stages.execute import execute
 
-    params = load("grid.methods=[vqmoe, smoe, dense]", "grid.seeds=[0]")
+    (paths.root / "odd/cat").mkdir(parents=True)
+    for shade in range(9):
+        Image.new("L", (8, 8), 20 * shade).save(paths.root / f"odd/cat/{shade}.png")
+    params = load("grid.methods=[vqmoe, smoe, dense]", "grid.seeds=[0]", "data.outside={odd: odd}")
     execute("prepare", params, paths)
     for method in params.grid.methods:
         for stage in ("pretrain", "warmup", "finetune", "robustness", "compute"):
@@ -170,6 +174,7 @@ def test_the_report_of_images(paths):
     assert {"patches-expert-vqmoe", "patches-expert-smoe", "codes-1-vqmoe", "severity-images", "attack"} <= figures
     assert not {"patches-expert-dense", "codes-1-smoe"} & figures
     assert "mean corruption error %" in text and "logistic regression on pixels" in text
+    assert "images: told from odd by confidence %" in text and "Images of other classes: odd." in page
     assert "28 % more robust than smoe: pre-trained classifier under noise" in text
     assert "language model" not in page.replace("a language model", "")
     dense = next(line for line in text.splitlines() if line.startswith("| mean corruption error %") or "mean corruption" in line)

@@ -1,0 +1,113 @@
+"""Is assembling batches the bottleneck? Time of a batch against that of the training step that reads it.
+
+    python benchmarks/loader.py
+
+On made-up tokens and images of the sizes of the default experiment, vision/digits and vision/cifar10, timed in turns; the table
+goes to the terminal, the numbers to benchmarks/results/loader.json.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pipeline import config
+from pipeline.data.batches import token_batch
+from pipeline.data.images import Images, image_batch
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.evaluation.compute import interval, measure
+from pipeline.files import write_json
+from pipeline.models.build import Spec
+from pipeline.moe.layer import SETTINGS
+from pipeline.training.optim import adam
+from pipeline.training.problems import Language, Pictures, Problem
+from pipeline.training.seeding import seed_everything
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+TOKENS = 5_000_000
+# Images of a training split, channels and classes of what a preset reads.
+SETS = {"vision/digits": (1221, 1, 10), "vision/cifar10": (42_500, 3, 10)}
+
+
+def works() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """Name, one batch, and one step of pre-training, batch included."""
+    seed_everything(0, "benchmark")
+    rng = np.random.default_rng(0)
+    params = _params("params.yaml")
+    tokens, given = rng.integers(0, 27, TOKENS).astype(np.uint8), params.pretrain
+    spec = Spec(kind="language-model", method="vqmoe", settings=params.methods["vqmoe"], model=params.model, vocabulary=256)
+    tokenizer = Tokenizer.make("bytes", [], 0)
+    problem = Language(spec, tokenizer, {"train": tokens}, given.batch, given.validate_tokens, 0)
+    steps = count(1)
+    yield "text", lambda: token_batch(tokens, given.batch, params.model.context, 0, next(steps)), _step(problem, given)
+    for preset, (size, channels, classes) in SETS.items():
+        yield _images(preset, size, channels, classes, rng)
+
+
+def _images(preset: str, size: int, channels: int, classes: int, rng: np.random.Generator) -> tuple[str, Any, Any]:
+    params = _params(f"presets/{preset}.yaml")
+    given, side = params.pretrain, params.prepare.size
+    pixels = rng.integers(0, 256, (size, channels, side, side), dtype=np.uint8)
+    images = Images(pixels, rng.integers(0, classes, size))
+    spec = Spec(
+        kind="image-classifier",
+        method="vqmoe",
+        settings=params.methods["vqmoe"],
+        model=params.model,
+        channels=channels,
+        size=side,
+        labels=tuple(map(str, range(classes))),
+    )
+    steps = count(1)
+
+    def batch() -> object:
+        return image_batch(images, given.batch, 0, next(steps), given.pad, given.flip)
+
+    return preset, batch, _step(Pictures(spec, {"train": images}, given, 0), given)
+
+
+def _params(file: str) -> Any:
+    return config.load(ROOT / file, SETTINGS, ())
+
+
+def _step(problem: Problem, given: config.Training) -> Callable[[], None]:
+    model = problem.fresh()
+    optimizer = adam(model, given.learning_rate, given.beta2, given.weight_decay)
+    objective, steps = problem.objective(model, model.train_mode), count(1)
+    model.train()
+
+    def step() -> None:
+        loss, _ = objective(next(steps))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), given.clip)
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 6 (default: 15)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "loader.json", help="where the numbers go")
+    arguments = parser.parse_args()
+    found = {}
+    for name, batch, step in works():
+        measured = measure({"batch": batch, "step": step}, arguments.repeats)
+        ratio = interval(measured["step"].seconds_R / measured["batch"].seconds_R)
+        found[name] = {"batch_ms": 1e3 * measured["batch"].seconds.median, "step_ms": 1e3 * measured["step"].seconds.median}
+        found[name] |= {"steps_per_batch": ratio.median, "low": ratio.low, "high": ratio.high}
+    print(f"{'':16} {'batch ms':>9} {'step ms':>9} {'step / batch [95 % interval]':>30}")
+    for name, row in found.items():
+        times = f"{row['steps_per_batch']:.0f} [{row['low']:.0f}, {row['high']:.0f}]"
+        print(f"{name:16} {row['batch_ms']:9.2f} {row['step_ms']:9.1f} {times:>30}")
+    write_json(arguments.out, found)
+
+
+if __name__ == "__main__":
+    main()
