@@ -12,8 +12,10 @@ Workflow:
   dvc repro                         all stages for every method and seed of params.yaml
   vqmoe compare                     the claims and the main table again, in the terminal
   vqmoe ui                          compare the runs in MLflow
+  vqmoe reproduce RUN_ID            run again what a run was made from, and compare
   vqmoe train --method smoe         all stages of one method in one process, under runs/
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
+  vqmoe track sync                  send what runs could not record while MLflow was out of reach
   vqmoe preset                      other experiments, those of the paper among them
 Stages, in order, as `dvc repro` calls them:
   prepare > pretrain > warmup > finetune > robustness > report, and compute
@@ -146,6 +148,16 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
     click.echo(f"Models and results: {out}")
 
 
+@main.command(help="Run again what a run was made from, in a clean work tree; compare metrics and weights, then and now.")
+@click.argument("run_id")
+@click.option("--keep", is_flag=True, help="Leave the work tree, beside the repository.")
+def reproduce(run_id: str, keep: bool) -> None:
+    from stages.paths import Paths
+    from stages.reproduce import reproduce as run_again
+
+    run_again(Paths.here().root, run_id, keep)
+
+
 @main.command(help="Print a preset: a whole params.yaml. Without NAME, list them.")
 @click.argument("name", required=False)
 def preset(name: str | None) -> None:
@@ -176,3 +188,16 @@ def ui(port: int) -> None:
     from stages.paths import Paths
 
     serve(Paths.here().root, port)
+
+
+@main.group(help="What runs record in MLflow.")
+def track() -> None:
+    pass
+
+
+@track.command(help="Send what runs left on disk: recorded while the store was out of reach, or cut off by a kill.")
+def sync() -> None:
+    from pipeline import tracking
+    from stages.paths import Paths
+
+    tracking.sync(Paths.here().root)

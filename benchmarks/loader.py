@@ -7,7 +7,7 @@ goes to the terminal, the numbers to benchmarks/results/loader.json.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ TOKENS = 5_000_000
 SETS = {"vision/digits": (1221, 1, 10), "vision/cifar10": (42_500, 3, 10)}
 
 
-def works() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+def works(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     """Name, one batch, and one step of pre-training, batch included."""
     seed_everything(0, "benchmark")
     rng = np.random.default_rng(0)
@@ -44,9 +44,11 @@ def works() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     tokenizer = Tokenizer.make("bytes", [], 0)
     problem = Language(spec, tokenizer, {"train": tokens}, given.batch, given.validate_tokens, 0)
     steps = count(1)
-    yield "text", lambda: token_batch(tokens, given.batch, params.model.context, 0, next(steps)), _step(problem, given)
+    if "text" in names:
+        yield "text", lambda: token_batch(tokens, given.batch, params.model.context, 0, next(steps)), _step(problem, given)
     for preset, (size, channels, classes) in SETS.items():
-        yield _images(preset, size, channels, classes, rng)
+        if preset in names:
+            yield _images(preset, size, channels, classes, rng)
 
 
 def _images(preset: str, size: int, channels: int, classes: int, rng: np.random.Generator) -> tuple[str, Any, Any]:
@@ -93,11 +95,12 @@ def _step(problem: Problem, given: config.Training) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="which: text, vision/digits, vision/cifar10 (default: all)")
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 6 (default: 15)")
     parser.add_argument("--out", type=Path, default=RESULTS / "loader.json", help="where the numbers go")
     arguments = parser.parse_args()
     found = {}
-    for name, batch, step in works():
+    for name, batch, step in works(arguments.names or ["text", *SETS]):
         measured = measure({"batch": batch, "step": step}, arguments.repeats)
         ratio = interval(measured["step"].seconds_R / measured["batch"].seconds_R)
         found[name] = {"batch_ms": 1e3 * measured["batch"].seconds.median, "step_ms": 1e3 * measured["step"].seconds.median}

@@ -291,6 +291,11 @@ class Report(Section):
     resamples: Annotated[int, Field(ge=100)]
 
 
+class Resume(Section):
+    steps: Count
+    seconds: Positive
+
+
 class Tracking(Section):
     experiment: Annotated[str, Field(min_length=1, pattern=r"^[\w .-]+$")]
 
@@ -309,6 +314,7 @@ class Params(Section):
     robustness: Section
     compute: Compute
     report: Report
+    resume: Resume
     tracking: Tracking
 
     @field_validator("methods")
@@ -470,6 +476,12 @@ def _kind(path: Path, raw: dict[str, Any]) -> type[Params]:
             f"{path}: data.view is {view!r}, but section model is that of another kind of data; begin with `vqmoe preset {begin}`"
         )
     return kind
+
+
+def dump(params: Params) -> str:
+    """Whole params as YAML that `load` reads back."""
+    # JSON is YAML, and writes every number such that it is read back as the same.
+    return json.dumps(plain(params), indent=2, ensure_ascii=False) + "\n"
 
 
 def fingerprint(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written under a temporary name beside the target, then renamed."""
 
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -19,9 +20,9 @@ def output_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error, temporary) from error
     finally:
@@ -32,17 +33,23 @@ def output_file(path: Path) -> Iterator[Path]:
 def output_folder(path: Path) -> Iterator[Path]:
     """Like `output_file` for a folder: an earlier `path` is replaced only when the body succeeds."""
     temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    before = temporary.with_suffix(".old")
     try:
         temporary.mkdir()
         yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            _sync(written)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, before)
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error, temporary) from error
     finally:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,12 +88,36 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _temporary(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error, path.parent) from error
+    # What a process that was killed has left.
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not alive(int(left.name.split(".")[-2])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def alive(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _unwritable(path: Path, error: OSError, below: Path) -> Exception:

@@ -14,12 +14,12 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """`with Progress("pretrain vqmoe-s0", total=1800, unit="step") as progress: progress.advance(loss=2.1)`.
 
-    Values given to `advance` are shown beside the rate (units per second) and the time left.
+    Of these, `done` are done before. Values given to `advance` are shown beside the rate (units per second) and the time left.
     """
 
-    def __init__(self, label: str, total: float, unit: str = "step") -> None:
+    def __init__(self, label: str, total: float, unit: str = "step", done: float = 0.0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0.0
+        self.done = self._before = done
         self.values: dict[str, float] = {}
         self._console = Console(stderr=True)
         self._bar: Bar | None = None
@@ -55,7 +55,7 @@ class Progress:
             self._line()
 
     def _rate(self) -> float:
-        return self.done / max(time.monotonic() - self._start, 1e-9)
+        return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
     def _text(self) -> str:
         return "  ".join([f"{self._rate():.1f} {self.unit}/s", *(f"{k} {v:.4g}" for k, v in self.values.items())])

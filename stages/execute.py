@@ -3,16 +3,20 @@
 import importlib
 import resource
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
-from pipeline.config import Params, flat
+from pipeline.config import Params, dump, flat
 from pipeline.data.corpora import exists, source
 from pipeline.data.tasks import task_source
 from pipeline.errors import Failure
-from pipeline.files import read_json, write_json
-from stages.paths import GRID_STAGES, SECTIONS, UPSTREAM, Cell, Paths, cells, of_images, read_result
+from pipeline.files import digest, read_json, write_json
+from stages.orphan import stop_with_dvc
+from stages.paths import GRID_STAGES, SECTIONS, TRAINING, UPSTREAM, Cell, Paths, cells, of_images, read_result
+from stages.resume import resumable
 
 # Files of outputs/data each stage reads for its own purpose, and what for: recorded as the run's datasets.
 DATASETS = {
@@ -28,7 +32,7 @@ DATASETS = {
 def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) -> dict[str, Any]:
     """Run `stage` (of one cell of the grid, where it has cells) and return what its result file holds."""
     chosen = params.select(SECTIONS[stage], cell.method if cell else None)
-    inputs = _sources(params.data, paths) if stage == "prepare" else paths.inputs(stage, cell)
+    inputs = sources(params.data, paths.root) if stage == "prepare" else paths.inputs(stage, cell)
     for path in inputs:
         if not path.exists():
             raise Failure(f"{path}: not found; run the stage that makes it first (`dvc repro`, or `vqmoe train` for all stages)")
@@ -36,19 +40,35 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
     shown = flat({"data": params.data}) | flat(chosen) | place
     name = cell.name if cell else stage
     started = time.monotonic()
-    with tracking.start(
-        paths.root, experiment=params.tracking.experiment, stage=stage, name=name, params=shown, inputs=inputs
-    ) as run:
+    stop_with_dvc()
+    with (
+        resumable(stage, chosen, params.resume, paths, cell, inputs) as states,
+        tracking.start(
+            paths.root,
+            key=states.folder.name,
+            resumed=states.begun,
+            experiment=params.tracking.experiment,
+            stage=stage,
+            name=name,
+            params=shown,
+            inputs=inputs,
+        ) as run,
+    ):
         run.upstream(_upstream_runs(stage, params, paths, cell))
+        run.text(dump(params), "params.yaml")
+        if (lock := paths.root / "dvc.lock").exists():
+            run.artifact(lock)
         if stage != "prepare":
-            profile = _manifest(params.data, paths)
+            profile = _manifest(params.data, paths, inputs)
             for file, context in DATASETS[stage]:
                 if file != "tasks":
                     run.dataset(params.data.corpus, _split(params.data, paths, file), context, profile)
                 for task in (cell.task,) if cell.task else params.data.tasks if file == "tasks" else ():
                     run.dataset(params.data.tasks[task], paths.task(task), context, profile)
         body = importlib.import_module(f"stages.{stage}").run
-        metrics = body(chosen, paths, cell, run.log) if cell else body(chosen, paths)
+        given = (run.log, states) if stage in TRAINING else (run.log,)
+        with _enough_memory(stage, name):
+            metrics = body(chosen, paths, cell, *given) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
         result = place | {"run_id": run.id, "metrics": metrics}
         if stage == "report":
@@ -63,24 +83,37 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
     return result
 
 
+@contextmanager
+def _enough_memory(stage: str, name: str) -> Iterator[None]:
+    """Memory that a machine lacks is no fault of the code."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
+            wanted = next((line for line in said.splitlines() if "allocate" in line), "no memory is left").strip()
+            raise Failure(f"{stage} {name}: out of memory ({wanted}); lower a batch, model.width or model.experts") from None
+        raise
+
+
 def _cost(started: float) -> dict[str, float]:
     """Time of the stage and the largest memory this process has had so far."""
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"cost/seconds": time.monotonic() - started, "cost/peak_memory_mib": peak_kib / 1024}
 
 
-def _sources(data: Any, paths: Paths) -> list[Path]:
-    """Files or folders that corpus and task come from."""
+def sources(data: Any, root: Path) -> list[Path]:
+    """Files or folders that the corpora and tasks of a section `data` come from, as far as they exist."""
     if of_images(data.view):
         from pipeline.data.image_sets import image_source
 
         named = [
-            image_source(name, paths.root)
+            image_source(name, root)
             for name in (data.corpus, *data.tasks.values(), *data.shifts.values(), *data.outside.values())
         ]
     else:
-        named = [source(corpus, paths.root) for corpus in (data.corpus, *data.shifts.values())]
-        named += [task_source(task, paths.root) for task in data.tasks.values()]
+        named = [source(corpus, root) for corpus in (data.corpus, *data.shifts.values())]
+        named += [task_source(task, root) for task in data.tasks.values()]
     return [path for path in named if exists(path)]
 
 
@@ -103,8 +136,8 @@ def _upstream_runs(stage: str, params: Params, paths: Paths, cell: Cell | None) 
     return {name: read_result(path)["run_id"] for name, path in results.items() if path.exists()}
 
 
-def _manifest(data: Any, paths: Paths) -> dict[str, Any]:
-    """What `prepare` wrote about its data, which has to be the data that params ask for."""
+def _manifest(data: Any, paths: Paths, inputs: Iterable[Path]) -> dict[str, Any]:
+    """What `prepare` wrote about its data, which has to be the data that params ask for, its inputs as they were written."""
     path, remedy = paths.data / "manifest.json", "run `vqmoe prepare` again"
     manifest = read_json(path, remedy)
     if not isinstance(manifest, dict):
@@ -113,9 +146,13 @@ def _manifest(data: Any, paths: Paths) -> dict[str, Any]:
     for key, wanted in flat(data).items():
         if there.get(key) != wanted:
             raise Failure(f"{path}: {key} is {there.get(key)!r} there and {wanted!r} in params; {remedy}")
-    for path in (_split(data, paths, "train"), _split(data, paths, "test"), *map(paths.task, data.tasks)):
-        if not path.exists():
-            raise Failure(f"{path}: not found; {remedy}")
+    for place in (_split(data, paths, "train"), _split(data, paths, "test"), *map(paths.task, data.tasks)):
+        if not place.exists():
+            raise Failure(f"{place}: not found; {remedy}")
+    for name, sha256 in manifest.get("sha256", {}).items():
+        place = paths.data / name
+        if any(place.is_relative_to(given) for given in inputs) and not (place.exists() and digest(place) == sha256):
+            raise Failure(f"{place}: not as `vqmoe prepare` left it; {remedy}")
     return {key: manifest.get(key) for key in ("corpus", "view", "tasks", "tokens", "examples") if key in manifest}
 
 

@@ -9,6 +9,7 @@ from pipeline.errors import Failure
 from pipeline.files import read_json
 
 GRID_STAGES = ("pretrain", "warmup", "finetune", "robustness")
+TRAINING = ("pretrain", "warmup", "finetune")
 # Of these, the ones that have a cell for every task too.
 TASK_STAGES = ("warmup", "finetune")
 
@@ -25,8 +26,8 @@ SECTIONS = {
     "report": ("grid", "data", "report"),
 }
 
-# Code each stage depends on. Not among it: cli.py, stages/execute.py and pipeline/tracking, which start a stage and
-# record it but have no part in its results.
+# Code each stage depends on. Not among it: cli.py, stages/{execute,orphan,resume}.py and pipeline/tracking, which start
+# a stage and record it but have no part in its results.
 COMMON_CODE = ("pipeline/errors.py", "pipeline/files.py", "stages/paths.py")
 _TRAINING = (
     "pipeline/config.py",

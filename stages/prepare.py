@@ -30,7 +30,8 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         for name in ("source", "tasks", "shifts", *(("outside",) if of_images(params.data.view) else ())):
             (folder / name).mkdir()
         counts, more = (_images if of_images(params.data.view) else _texts)(params, paths, folder)
-        files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+        written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): digest(path) for path in written}
         write_json(folder / "manifest.json", params.data.model_dump() | counts | more | {"sha256": files})
     return counts | {key: more[key] for key in ("classes", "references") if key in more}
 

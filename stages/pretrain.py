@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from pipeline.files import output_folder, write_rows
 from pipeline.models.transformer import Hidden
@@ -11,12 +11,13 @@ from pipeline.training import checkpoint
 from pipeline.training.loop import Log, fit
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
+from pipeline.training.states import States
 from pipeline.training.validation import RoutingHistory, RoutingTally
 from stages import problems
 from stages.paths import Cell, Paths
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log, states: States | None = None) -> dict:
     """Returns metrics: scores on valid, and on test in each mode of the method, size, FLOPs, load.
 
     units.safetensors holds in each mode the score of each unit of the test split: bits per token of a row of text, or 1 for an
@@ -40,6 +41,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         score=problem.unit,
         log=log,
         label=f"pretrain {cell.name}",
+        states=states,
+        carried={"history": history},
     )
     tally, tested = RoutingTally(model), {}
     with Progress(f"test {cell.name}", total=len(model.modes) * problem.test_tokens(), unit="token") as progress:
@@ -67,6 +70,6 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         checkpoint.save(folder, model, problem.spec)
         problem.save(folder)
         write_rows(folder / "history.csv", fitted.history)
-        save_file({scored: test.score_U for scored, test in tested.items()}, folder / "units.safetensors")
+        (folder / "units.safetensors").write_bytes(save({scored: test.score_U for scored, test in tested.items()}))
         write_rows(folder / "routing.csv", history.rows([row["step"] for row in fitted.history]))
     return metrics

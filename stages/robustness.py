@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from pipeline.data.batches import open_tokens
 from pipeline.data.images import Images, open_images, open_set
@@ -50,7 +50,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         write_rows(folder / "scores.csv", rows)
         write_rows(folder / "layers.csv", layers)
         write_rows(folder / "load.csv", load)
-        save_file({key: values for record in records for key, values in record.units.items()}, folder / "units.safetensors")
+        units = {key: values for record in records for key, values in record.units.items()}
+        (folder / "units.safetensors").write_bytes(save(units))
         if of_images(params.data.view):
             _pictures(params, paths, cell).save(folder)
     metrics: dict = {}

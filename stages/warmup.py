@@ -11,12 +11,13 @@ from pipeline.training.loop import Log, fit
 from pipeline.training.optim import adam
 from pipeline.training.problems import Problem
 from pipeline.training.seeding import seed_everything
+from pipeline.training.states import States
 from pipeline.training.validation import RoutingTally
 from stages import problems
 from stages.paths import Cell, Paths
 
 
-def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
+def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log, states: States | None = None) -> dict:
     """Returns metrics before and after on the domain's validation data: score, load, codebook.
 
     A warm-up that ends no better than it started is undone (`best_step` 0).
@@ -42,6 +43,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
         score=unit,
         log=log,
         label=f"warmup {cell.name}",
+        states=states,
     )
     after, best_step = _measure(problem, model), fitted.best_step
     if after[unit] >= before[unit]:

@@ -49,10 +49,33 @@ TINY = (
     "robustness.attack_rates=[0.1]",
     "robustness.attack_queries=8",
     "robustness.attack_texts=3",
+    "resume.steps=1",
     "compute.repeats=6",
     "report.dpi=60",
     "report.resamples=200",
 )
+
+
+def write_corpus(folder):
+    """A folder corpus with learnable text: counting sentences, different in each split."""
+    folder.mkdir(parents=True)
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    for offset, (split, count) in enumerate({"train": 400, "valid": 60, "test": 60}.items()):
+        sentences = [f"{words[(i + offset) % 10]} follows {words[(i * 3) % 10]} {words[(i * 7) % 10]}." for i in range(count)]
+        (folder / f"{split}.txt").write_text(" ".join(sentences), encoding="utf-8")
+    return folder
+
+
+def write_task(path):
+    """A labelled file of two classes."""
+    lines = ["text,label,split"]
+    for split, count in (("train", 24), ("valid", 8), ("test", 12)):
+        lines += [
+            f"{'alpha beta gamma' if i % 2 else 'zeta eta theta'} number {i},{'first' if i % 2 else 'second'},{split}"
+            for i in range(count)
+        ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -112,27 +135,12 @@ def tiny_spec(tiny_params):
 
 @pytest.fixture
 def corpus_folder(tmp_path):
-    """A folder corpus with learnable text: counting sentences, different in each split."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
-    for offset, (split, count) in enumerate({"train": 400, "valid": 60, "test": 60}.items()):
-        sentences = [f"{words[(i + offset) % 10]} follows {words[(i * 3) % 10]} {words[(i * 7) % 10]}." for i in range(count)]
-        (folder / f"{split}.txt").write_text(" ".join(sentences), encoding="utf-8")
-    return folder
+    return write_corpus(tmp_path / "corpus")
 
 
 @pytest.fixture
 def task_file(tmp_path):
-    path = tmp_path / "task.csv"
-    lines = ["text,label,split"]
-    for split, count in (("train", 24), ("valid", 8), ("test", 12)):
-        lines += [
-            f"{'alpha beta gamma' if i % 2 else 'zeta eta theta'} number {i},{'first' if i % 2 else 'second'},{split}"
-            for i in range(count)
-        ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_task(tmp_path / "task.csv")
 
 
 @pytest.fixture

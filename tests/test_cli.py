@@ -268,6 +268,8 @@ def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
     [
         ("outputs/data/source/train.npy", None, "pretrain", ["train.npy: not found", "vqmoe prepare"]),
         ("outputs/data/tasks/toy", None, "pretrain", ["toy: not found", "vqmoe prepare"]),
+        ("outputs/data/source/valid.npy", None, "pretrain", ["valid.npy: not as `vqmoe prepare` left it", "vqmoe prepare"]),
+        ("outputs/data/source/train.npy", "flip", "pretrain", ["train.npy: not as `vqmoe prepare` left it", "vqmoe prepare"]),
         ("outputs/data/manifest.json", b"[]", "pretrain", ["manifest.json: holds list"]),
         ("outputs/data/manifest.json", b"{}", "pretrain", ["manifest.json: corpus is None there"]),
         ("results/prepare.json", b"{}", "pretrain", ["prepare.json: has no run_id and metrics"]),
@@ -278,6 +280,10 @@ def test_damage_between_stages(vqmoe, workspace, name, content, stage, parts):
     assert vqmoe("prepare").exit_code == 0
     if content is None:
         shutil.rmtree(workspace / name) if (workspace / name).is_dir() else (workspace / name).unlink()
+    elif content == "flip":
+        there = bytearray((workspace / name).read_bytes())
+        there[-1] ^= 1
+        (workspace / name).write_bytes(there)
     else:
         (workspace / name).write_bytes(content)
     results = (f"results/{stage}" for stage in (*GRID_STAGES, "compute"))
@@ -330,7 +336,7 @@ def test_a_checkpoint_of_another_configuration(vqmoe, workspace):
     assert (workspace / "outputs/pretrain/vqmoe-s0/tokenizer.json").read_bytes() == (workspace / tokenizer).read_bytes()
     weights = workspace / "outputs/pretrain/vqmoe-s0/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert_one_line(vqmoe("warmup"), 1, "model.safetensors: damaged")
+    assert_one_line(vqmoe("warmup"), 1, "model.safetensors: not the weights that model.json describes")
     assert not [path for path in (workspace / "outputs/warmup").rglob("*") if path.is_file()]
 
 

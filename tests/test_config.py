@@ -228,3 +228,10 @@ def test_params_file_in_another_folder(tmp_path):
     copy = tmp_path / "mine.yaml"
     shutil.copy(PARAMS, copy)
     assert load(path=copy) == load()
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "presets/tiny.yaml", "presets/vision/digits.yaml"])
+def test_dumped_params_are_read_back_as_the_same(tmp_path, name):
+    params = config.load(REPOSITORY / name, SETTINGS, ("pretrain.learning_rate=1e-5", "data.corpus='dätä/\U0001f4da: #1'"))
+    (tmp_path / "params.yaml").write_text(config.dump(params), encoding="utf-8")
+    assert config.load(tmp_path / "params.yaml", SETTINGS) == params

@@ -21,7 +21,7 @@ from pipeline.data.published import VALID_SHARE
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.models.build import Spec, build
 from pipeline.moe.layer import SETTINGS
-from pipeline.training.objectives import classification_objective, image_objective, language_objective
+from pipeline.training.objectives import LanguageObjective, classification_objective, image_objective
 from pipeline.training.optim import adam
 from pipeline.training.validation import held_out, score_tokens
 from tests.conftest import REPOSITORY
@@ -190,7 +190,7 @@ def test_steps_of_pre_training_and_fine_tuning(name, method, seeded):
     )
     model = build(spec).train()
     # The second step is the first that can remember.
-    objective = language_objective(
+    objective = LanguageObjective(
         model, tokens, batch=2, seed=params.grid.seeds[0], mode=model.train_mode, unit=unit, steps=params.pretrain.steps
     )
     changed = step(model, params.pretrain, objective, steps=2)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pipeline.errors import Failure
 from pipeline.files import read_json, write_json
@@ -52,7 +52,8 @@ class Pictures(NamedTuple):
             arrays[f"share/{block}"] = np.array([coded.share for coded in codes.values()])
             arrays[f"mean/{block}"] = np.stack([coded.mean_CSS for coded in codes.values()])
             arrays |= {f"nearest/{block}/{code}": coded.nearest_MCSS for code, coded in codes.items()}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "pictures.safetensors")
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        (folder / "pictures.safetensors").write_bytes(content)
         write_json(folder / "pictures.json", {"conditions": self.conditions, "blocks": self.blocks})
 
     @classmethod

@@ -21,8 +21,11 @@ class Hidden(NamedTuple):
     seen: list[Tensor]
 
     def memory(self, length: int) -> list[Tensor] | None:
-        """The last `length` states that each block saw, without gradient, for the segment that follows; None for no length."""
-        return [seen_BSD[:, -length:] for seen_BSD in self.seen] if length else None
+        """The last `length` states that each block saw, without gradient, for the segment that follows; None for no length.
+
+        Contiguous, so that products with it have the same bits where it was kept on disk in between.
+        """
+        return [seen_BSD[:, -length:].contiguous() for seen_BSD in self.seen] if length else None
 
     def auxiliary(self) -> Tensor:
         """Weighted sum of all layers' auxiliary losses; zero where there are none."""

@@ -1,190 +1,218 @@
-"""One run: params, metrics in batches, data, model, lineage, and an end that is never RUNNING."""
+"""One run: params, metrics, data, model, lineage, and an end that is never RUNNING."""
 
 import json
-import math
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import fingerprint
+from pipeline.errors import Failure
 from pipeline.files import digest
 from pipeline.tracking import lineage, store
+from pipeline.tracking.journal import claim
 
-FLUSH_POINTS = 1000
-FLUSH_SECONDS = 2.0
+SEND_SECONDS = 2.0
 BREAK_SECONDS = 30.0
+# How long the end of a run waits for its last words to be sent, and whoever asks for its id for the first answer.
+END_SECONDS = 30.0
 
 
 class Run:
-    """Sends to MLflow what it is given. A store that fails costs a warning and a pause, never the run:
+    """Writes what it is given to a journal, and sends that from a thread. A store that fails costs a warning and a pause.
 
-    points that could not be sent are kept in a spool file, one JSON object per line.
+    The run that writes waits for no store, except where it asks for its `id` and where it ends, and there not for long.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, key: str, resumed: bool, tags: Mapping[str, str], described: Mapping[str, Any]) -> None:
         self.root = root
-        self.id = f"offline-{uuid.uuid4().hex[:8]}"
-        self._points: list[dict[str, Any]] = []
-        self._flushed = time.monotonic()
-        self._broken_until = 0.0
-        self._warned = self._lost = False
-        self._client: Any = None
-        self._experiment_id = ""
-        self._offline = False
+        self._lost = self._warned = self._complete = False
+        self._tried, self._closing = threading.Event(), threading.Event()
+        try:
+            self._journal = claim(store.spool(root), key, resumed)
+        except OSError as error:
+            elsewhere = Path(tempfile.mkdtemp(prefix="vqmoe-spool-"))
+            line = f"{store.spool(root)}: cannot be used ({error.strerror}); the run writes to {elsewhere}"
+            print(f"vqmoe: {line}", file=sys.stderr)
+            self._journal = claim(elsewhere, key, resumed)
+        # The time of now, but none before the run's last word, and from here on by a clock that does not jump.
+        self._epoch = max(time.time(), self._journal.last.get("time", 0) / 1000) - time.monotonic()
+        self._offline_id = self._journal.first.get("id") or f"offline-{uuid.uuid4().hex[:8]}"
+        if self._journal.empty:
+            self._append("create", id=self._offline_id, resumed=resumed, tags=dict(tags), **described)
+        else:
+            self._append("resume", tags=dict(tags))
+        self._sender = store.Sender(root, self._journal)
+        store.prepare_environment()
+        with suppress(Exception):  # the thread meets the same error, and reports it
+            import mlflow  # noqa: F401  here, since two threads that import at once can get in each other's way
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
-    def open(self, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Create the run in the store; without one everything goes to the spool."""
-        self._send(lambda: self._create(experiment, name, params, tags))
-        self._offline = self.id.startswith("offline-")
+    @property
+    def id(self) -> str:
+        """In the store. Where that is out of reach `offline-<8 hex>`: a tag of the run, once it gets there."""
+        self._tried.wait(END_SECONDS)
+        return self._sender.run_id or self._offline_id
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Keep metrics for the next batch; batches go out every two seconds or thousand points."""
-        now = int(time.time() * 1000)
-        self._points += [{"key": key, "value": float(value), "step": step, "timestamp": now} for key, value in metrics.items()]
-        if len(self._points) >= FLUSH_POINTS or time.monotonic() - self._flushed >= FLUSH_SECONDS:
-            self.flush()
+        """Record metrics of a step. A metric that the run already has of this step stays as it is."""
+        self._append("log", step=int(step), values={key: float(value) for key, value in metrics.items()})
 
     def dataset(self, name: str, path: Path, context: str, profile: Mapping[str, Any]) -> None:
         """Record a data file as the run's input, with its digest."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        data = Dataset(
-            name=name,
-            digest=digest(path)[:32],
-            source_type="local",
-            source=json.dumps({"path": self._name(path)}),
-            profile=json.dumps(profile),
-        )
-        given = DatasetInput(dataset=data, tags=[InputTag("mlflow.data.context", context)])
-        self._send(lambda: self._client.log_inputs(self.id, datasets=[given]))
+        source = str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
+        described = {"name": name, "source": json.dumps({"path": source}), "profile": json.dumps(profile)}
+        self._append("dataset", digest=digest(path)[:32], context=context, **_clean(described))
 
     def upstream(self, runs: Mapping[str, str]) -> None:
         """Tag the runs whose outputs this one reads."""
-        self._tags({f"vqmoe.upstream.{stage}": run_id for stage, run_id in runs.items()})
+        self._append("tags", tags={f"vqmoe.upstream.{stage}": run_id for stage, run_id in runs.items()})
 
     def artifact(self, path: Path) -> None:
         """Store a file, or the files of a folder, with the run."""
-        self._send(lambda: (self._client.log_artifacts if path.is_dir() else self._client.log_artifact)(self.id, str(path)))
+        self._append("artifact", path)
+
+    def text(self, text: str, name: str) -> None:
+        """Store a text with the run, as the file `name`."""
+        self._append("text", text=store.without_credentials(text), name=name)
 
     def model(self, folder: Path, name: str, metrics: Mapping[str, float]) -> None:
         """Record a model folder (safetensors, JSON) as a logged model, its metrics linked to it."""
-        self._send(lambda: self._log_model(folder, name, metrics))
+        self._append("model", folder, name=name, metrics={key: float(value) for key, value in metrics.items()})
 
     def outputs(self, paths: Iterable[Path]) -> None:
         """Tag the md5 of output files."""
-        self._tags(lineage.digests(paths, self.root, "out"))
-
-    def flush(self) -> None:
-        """Send what is kept, or spool it while the store is out of reach."""
-        self._flushed = time.monotonic()
-        while self._points:
-            batch, self._points = self._points[:FLUSH_POINTS], self._points[FLUSH_POINTS:]
-            if not self._send(lambda batch=batch: self._log_batch(batch)):
-                self._spool(batch)
+        self._append("tags", tags=lineage.digests(paths, self.root, "out"))
 
     def end(self, status: str, error: str = "") -> None:
-        self.flush()
         if error:
-            self._tags({"vqmoe.error": error[:5000]})
-        self._broken_until = 0.0
-        self._send(lambda: self._client.set_terminated(self.id, status))
-        if self._warned and not self._lost:
-            print(f"vqmoe: what could not be recorded of run {self.id} is kept in {self._spool_path()}", file=sys.stderr)
+            self._append("tags", tags={"vqmoe.error": store.without_credentials(error)[:5000]})
+        self._append("end", status=status)
+        self._closing.set()
+        self._thread.join(END_SECONDS)
+        if not self._complete:
+            path, spool = self._journal.path, store.spool(self.root)
+            there = "" if path.parent == spool else f", once the files of that folder lie in {spool}"
+            line = f"what could not be recorded of run {self.id} is kept in {path}; `vqmoe track sync` sends it{there}"
+            print(f"vqmoe: {line}", file=sys.stderr)
 
-    def _create(self, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        self._client = store.connect(self.root)
-        self._experiment_id = store.experiment(self._client, self.root, experiment)
-        from mlflow.entities import Param
-
-        self.id = self._client.create_run(self._experiment_id, run_name=name, tags=dict(tags)).info.run_id
-        self._client.log_batch(self.id, params=[Param(key, str(value)) for key, value in params.items()])
-        if changes := lineage.diff(self.root):
-            self._client.log_text(self.id, changes, "changes.diff")
-
-    def _log_batch(self, points: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric
-
-        self._client.log_batch(self.id, metrics=[Metric(**point) for point in points])
-
-    def _log_model(self, folder: Path, name: str, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import LoggedModelOutput, Metric
-
-        model = self._client.create_logged_model(self._experiment_id, name=name, source_run_id=self.id, model_type="vqmoe")
-        self._client.log_model_artifacts(model.model_id, str(folder))
-        self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
-        now = int(time.time() * 1000)
-        linked = [
-            Metric(key, value, now, 0, model_id=model.model_id, run_id=self.id)
-            for key, value in metrics.items()
-            if math.isfinite(value)
-        ]
-        self._client.log_batch(self.id, metrics=linked)
-
-    def _tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self._send(lambda: self._client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()]))
-
-    def _send(self, call: Callable[[], Any]) -> bool:
-        """Whether the call went through. After a failure nothing is tried for a while."""
-        if self._offline or time.monotonic() < self._broken_until:
-            return False
+    def _append(self, what: str, kept: Path | None = None, **more: Any) -> None:
+        """Write an operation, with a copy of the files that it is about."""
         try:
-            call()
-        except Exception as error:  # whatever a store, a driver or a network raises must not end a training run
-            self._broken_until = time.monotonic() + BREAK_SECONDS
-            if not self._warned:
-                self._warned = True
-                line = store.without_credentials(str(error).strip() or type(error).__name__).splitlines()[0]
-                where = store.without_credentials(store.tracking_uri(self.root))
-                print(f"vqmoe: cannot record to {where} ({line}); the run goes on, its metrics are kept on disk", file=sys.stderr)
-            return False
-        return True
-
-    def _spool(self, points: list[dict[str, Any]]) -> None:
-        path = self._spool_path()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"run_id": self.id} | point) + "\n" for point in points)
+            if kept is not None:
+                more["kept"] = self._journal.keep(kept)
+            self._journal.append({"op": what, "time": int((self._epoch + time.monotonic()) * 1000)} | more)
         except OSError as error:
             if not self._lost:
                 self._lost = True
-                print(f"vqmoe: {path}: cannot be written ({error.strerror}); metrics of this run are lost", file=sys.stderr)
+                path, problem = self._journal.path, error.strerror or error
+                print(f"vqmoe: {path}: cannot be written ({problem}); what it lacks of this run is lost", file=sys.stderr)
 
-    def _spool_path(self) -> Path:
-        return store.folder(self.root) / "spool" / f"{self.id}.jsonl"
+    def _work(self) -> None:
+        # `vqmoe track sync` may be at it.
+        self._journal.hold(wait=True)
+        swept = False
+        while True:
+            closing, pause = self._closing.is_set(), SEND_SECONDS
+            try:
+                self._sender.send()
+                self._tried.set()
+                if not (swept or closing):
+                    swept = True
+                    self._sweep()
+            except Exception as error:  # whatever a store, a driver or a network raises must not end a training run
+                self._tried.set()
+                self._warn(error)
+                pause = BREAK_SECONDS
+            if closing:
+                break
+            self._closing.wait(pause)
+        with suppress(OSError):
+            self._complete = self._journal.done
+            self._journal.settle()
+        self._journal.close()
 
-    def _name(self, path: Path) -> str:
-        return str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
+    def _sweep(self) -> None:
+        for path, problem in store.sweep(self.root, self._closing.is_set):
+            if problem:
+                print(f"vqmoe: {path}: cannot be sent ({problem}); `vqmoe track sync` tries again", file=sys.stderr)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            where = store.without_credentials(store.tracking_uri(self.root))
+            line = f"cannot record to {where} ({store.reason(error)}); the run goes on, its metrics are kept on disk"
+            print(f"vqmoe: {line}", file=sys.stderr)
 
 
 @contextmanager
 def start(
-    root: Path, *, experiment: str, stage: str, name: str, params: Mapping[str, Any], inputs: Iterable[Path] = ()
+    root: Path,
+    *,
+    key: str,
+    resumed: bool,
+    experiment: str,
+    stage: str,
+    name: str,
+    params: Mapping[str, Any],
+    inputs: Iterable[Path] = (),
 ) -> Iterator[Run]:
-    """A run `name` in the experiment `<experiment>/<stage>`; it ends FINISHED, FAILED or KILLED with the body."""
+    """A run `name` in the experiment `<experiment>/<stage>`; it ends FINISHED, FAILED or KILLED with the body.
+
+    `key` says which run it is, in characters of file names. With `resumed` the unfinished run of that key goes on, if there
+    is one; without, such a run is closed as KILLED and a new one begins.
+    """
     tags = lineage.source_tags(root) | {"vqmoe.stage": stage, "vqmoe.params_fingerprint": fingerprint(params)}
+    described = {
+        "experiment": f"{experiment}/{stage}",
+        "name": name,
+        "params": _clean(params),
+        "diff": store.without_credentials(lineage.diff(root)),
+    }
     tags |= lineage.digests(inputs, root, "in")
-    run = Run(root)
     with terminable():
+        run = Run(root, key, resumed, _clean(tags), described)
         try:
-            run.open(f"{experiment}/{stage}", name, params, tags)
             yield run
         except (KeyboardInterrupt, SystemExit) as stop:
             run.end("KILLED", type(stop).__name__)
             raise
         except BaseException as error:
-            run.end("FAILED", store.without_credentials(f"{type(error).__name__}: {error}"))
+            run.end("FAILED", f"{type(error).__name__}: {error}")
             raise
         run.end("FINISHED")
+
+
+def sync(root: Path) -> None:
+    """Send what runs that no longer live have left. Raises Failure where some of it cannot be sent."""
+    where = store.without_credentials(store.tracking_uri(root))
+    if any(store.spool(root).glob("*.jsonl")):
+        try:
+            store.connect(root).search_experiments(max_results=1)
+        except Exception as error:
+            raise Failure(f"{where}: cannot be reached ({store.reason(error)}); nothing was sent") from None
+    sent = failed = 0
+    for path, problem in store.sweep(root, forget=True):
+        if problem:
+            failed += 1
+            print(f"vqmoe: {path}: cannot be sent ({problem}); mend what it names, or remove it", file=sys.stderr)
+        else:
+            sent += 1
+            print(f"sent: {path.stem}")
+    if failed:
+        raise Failure(f"{where}: runs sent: {sent}, not sent: {failed}")
+    print(f"{where}: runs sent: {sent}" if sent else "Nothing is left to send")
+
+
+def _clean(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: store.without_credentials(str(value)) for key, value in values.items()}
 
 
 @contextmanager

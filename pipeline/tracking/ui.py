@@ -31,27 +31,9 @@ def serve(root: Path, port: int) -> None:
         store.connect(root)
     except OSError as error:
         raise Failure(f"{store.folder(root)}: cannot be used ({error.strerror}); it has to be a writable folder") from None
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--default-artifact-root",
-        (store.folder(root) / "artifacts").as_uri(),
-        "--workers",
-        "1",
-        "--uvicorn-opts",
-        "--log-level warning",
-    ]
     print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
     # A session of its own, so that all of its processes can be stopped together.
-    server = subprocess.Popen(command, env=os.environ | SLIM, start_new_session=True)
+    server = subprocess.Popen(command(root, port), env=os.environ | SLIM, start_new_session=True)
     try:
         with terminable():
             code = server.wait()
@@ -62,3 +44,16 @@ def serve(root: Path, port: int) -> None:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait()
     raise Failure(f"the MLflow server stopped with code {code}; its messages above say why")
+
+
+def command(root: Path, port: int) -> list[str]:
+    """The MLflow server of the embedded store; SLIM has to be in its environment."""
+    options = {
+        "--backend-store-uri": store.tracking_uri(root),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--default-artifact-root": (store.folder(root) / "artifacts").as_uri(),
+        "--workers": "1",
+        "--uvicorn-opts": "--log-level warning",
+    }
+    return [sys.executable, "-m", "mlflow", "server", *(part for option in options.items() for part in option)]

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from pipeline.config import Training
 from pipeline.errors import Failure
 from pipeline.progress import Progress
 from pipeline.training.optim import learning_rate
+from pipeline.training.seeding import random_state, set_random_state
+from pipeline.training.states import Stateful, States
 
 LOG_EVERY = 10
 
@@ -18,13 +21,13 @@ Objective = Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
 Log = Callable[[Mapping[str, float], int], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fitted:
     """The best validation, and the whole history: one row per validation, with the mean training values since the last."""
 
-    best_step: int
-    best: dict[str, float]
-    history: list[dict[str, float]]
+    best_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def fit(
@@ -37,18 +40,29 @@ def fit(
     score: str,
     log: Log,
     label: str,
+    states: States | None = None,
+    carried: Mapping[str, Stateful] = {},
 ) -> Fitted:
     """Train for `training.steps` steps; the model ends with the weights of its best validation (lowest `score`).
 
-    `objective(step)` returns the loss to minimise and its named parts. Raises Failure when a loss or a validation is not
-    finite.
+    `objective(step)` returns the loss to minimise and its named parts. With `states` the training goes on from the newest of
+    them, and its result is, to the bit, that of one which was never cut off; `carried` is what else changes from step to step.
+    Raises Failure when a loss or a validation is not finite.
     """
-    best_score, best_step, best, best_state = math.inf, 0, {}, {}
-    history: list[dict[str, float]] = []
+    fitted, best_weights = Fitted(), {}
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    with Progress(label, training.steps) as progress:
-        for step in range(1, training.steps + 1):
+    carried = {"model": model, "optimizer": _Moments(optimizer)} | carried
+    carried |= {"objective": objective} if isinstance(objective, Stateful) else {}
+    first = 1
+    if states is not None and (state := states.newest()):
+        for name, one in carried.items():
+            one.load_state_dict(state[name])
+        set_random_state(state["random"])
+        fitted, best_weights, sums, counts = Fitted(**state["fitted"]), state["best_weights"], state["sums"], state["counts"]
+        first = state["step"] + 1
+    with Progress(label, training.steps, done=first - 1) as progress:
+        for step in range(first, training.steps + 1):
             rate = learning_rate(training, step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -77,15 +91,33 @@ def fit(
                 log({f"valid/{name}": value for name, value in valid.items()}, step)
                 progress.advance(0, **{f"valid {score}": valid[score]})
                 means = {f"train/{name}": sums[name] / counts[name] for name in sorted(sums)}
-                history.append({"step": step} | means | {f"valid/{name}": value for name, value in valid.items()})
+                fitted.history.append({"step": step} | means | {f"valid/{name}": value for name, value in valid.items()})
                 sums.clear()
                 counts.clear()
-                if valid[score] < best_score:
-                    best_score, best_step, best = valid[score], step, valid
-                    best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(best_state)
+                if valid[score] < fitted.best.get(score, math.inf):
+                    fitted.best_step, fitted.best = step, valid
+                    best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            if states is not None and (states.due(step) or step == training.steps):
+                state = {name: one.state_dict() for name, one in carried.items()} | {"random": random_state(), "step": step}
+                state |= {"fitted": asdict(fitted), "best_weights": best_weights, "sums": sums, "counts": counts}
+                states.save(step, state)
+    model.load_state_dict(best_weights)
     model.eval()
-    return Fitted(best_step, best, history)
+    return fitted
+
+
+class _Moments:
+    """What an optimizer remembers of each parameter; its settings are those it is made with."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(place): moments for place, moments in self.optimizer.state_dict()["state"].items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        known = {int(place): moments for place, moments in state.items()}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": known})
 
 
 def _check_finite(label: str, name: str, value: float, step: int) -> None:

@@ -1,7 +1,11 @@
 """What a training step minimises: a batch as a function of (seed, step), its loss and the loss's parts."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch.nn.functional as F
+from torch import Tensor
 
 from pipeline.config import ImageTraining
 from pipeline.data.batches import Examples, example_batch, padded, stream_batch, token_batch
@@ -15,30 +19,38 @@ from pipeline.training.loop import Objective
 from pipeline.training.validation import nats, score
 
 
-def language_objective(
-    model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode, unit: Unit, steps: int | None = None
-) -> Objective:
+class LanguageObjective:
     """Next-token cross-entropy plus the layers' auxiliary losses, on segments of the model's context length.
 
     They are random ones; for a model with memory those of contiguous streams, whose memory ends where they begin anew.
     `steps` is the length of a pre-training, over which routers follow their schedules; without it they follow none.
     """
-    memory = None
 
-    def objective(step: int):
-        nonlocal memory
-        if steps is not None:
-            model.begin_step((step - 1) / steps)
+    def __init__(
+        self, model: Transformer, tokens: np.ndarray, *, batch: int, seed: int, mode: Mode, unit: Unit, steps: int | None = None
+    ) -> None:
+        self.model, self.tokens, self.batch, self.seed = model, tokens, batch, seed
+        self.mode, self.unit, self.steps = mode, unit, steps
+        self._memory: list[Tensor] | None = None
+
+    def __call__(self, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        model = self.model
+        if self.steps is not None:
+            model.begin_step((step - 1) / self.steps)
         if model.memory:
-            segment_BT, first = stream_batch(tokens, batch, model.context, seed, step)
-            memory = None if first else memory
+            segment_BT, first = stream_batch(self.tokens, self.batch, model.context, self.seed, step)
+            self._memory = None if first else self._memory
         else:
-            segment_BT = token_batch(tokens, batch, model.context, seed, step)
-        loss, hidden = nats(model, segment_BT, mode, memory)
-        memory = hidden.memory(model.memory)
-        return loss + hidden.auxiliary(), {unit: score(loss, unit)} | hidden.losses()
+            segment_BT = token_batch(self.tokens, self.batch, model.context, self.seed, step)
+        loss, hidden = nats(model, segment_BT, self.mode, self._memory)
+        self._memory = hidden.memory(model.memory)
+        return loss + hidden.auxiliary(), {self.unit: score(loss, self.unit)} | hidden.losses()
 
-    return objective
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self._memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._memory = state["memory"]
 
 
 def classification_objective(
@@ -60,7 +72,7 @@ def image_objective(
 ) -> Objective:
     """Cross-entropy of softened labels plus the layers' auxiliary losses, over shuffled epochs of varied images.
 
-    `steps` as in `language_objective`.
+    `steps` as in `LanguageObjective`.
     """
 
     def objective(step: int):

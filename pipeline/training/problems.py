@@ -26,7 +26,7 @@ from pipeline.models.vit import Vit
 from pipeline.moe.layer import Mode
 from pipeline.training import checkpoint
 from pipeline.training.loop import Objective
-from pipeline.training.objectives import classification_objective, image_objective, language_objective
+from pipeline.training.objectives import LanguageObjective, classification_objective, image_objective
 from pipeline.training.validation import Watch, classify, classify_images, held_out, row_nats, score, score_tokens
 
 
@@ -118,7 +118,7 @@ class Language:
         return []
 
     def objective(self, model: Transformer, mode: Mode, steps: int | None = None) -> Objective:
-        return language_objective(
+        return LanguageObjective(
             model, self.tokens["train"], batch=self.batch, seed=self.seed, mode=mode, unit=self.unit, steps=steps
         )
 

@@ -4,7 +4,8 @@ Shapes: S rows or segments, B batch, T positions, P passages, L labels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,14 +160,18 @@ class RoutingTally:
         """Margin between first and second choice per layer, mean over tokens; empty where it is undefined."""
         return [sum(sums) / self._tokens for sums in self._margin if sums]
 
-    def fluctuation(self, before: "RoutingTally") -> list[float | None]:
-        """Share of assignments that changed since `before`, per layer; both tallies kept them, of the same texts.
+    def index(self) -> list[Tensor]:
+        """The experts of every token (N, K), one tensor per layer, of a tally that kept them."""
+        return [torch.cat(batches) for batches in self._index]
+
+    def fluctuation(self, before: Sequence[Tensor]) -> list[float | None]:
+        """Share of assignments that changed since those of another tally (`index`) of the same texts, per layer.
 
         None where nothing is chosen.
         """
         return [
-            stats.fluctuation(torch.cat(earlier), torch.cat(later)) if self._chosen(layer) else None
-            for layer, (earlier, later) in enumerate(zip(before._index, self._index, strict=True))
+            stats.fluctuation(earlier, later) if self._chosen(layer) else None
+            for layer, (earlier, later) in enumerate(zip(before, self.index(), strict=True))
         ]
 
     def rows(self) -> list[dict[str, float]]:
@@ -206,7 +211,7 @@ class RoutingHistory:
 
     def __init__(self) -> None:
         self._validations: list[list[dict[str, float | None]]] = []
-        self._before: RoutingTally | None = None
+        self._before: list[Tensor] | None = None
 
     def add(self, tally: RoutingTally) -> dict[str, float]:
         """Take a validation's tally, which kept its assignments; its summary, from the second on with the `fluctuation`."""
@@ -215,9 +220,15 @@ class RoutingHistory:
             changed = tally.fluctuation(self._before)
             rows = [row | {"fluctuation": share} for row, share in zip(rows, changed, strict=True)]
         self._validations.append(rows)
-        self._before = tally
+        self._before = tally.index()
         known = [share for share in changed if share is not None]
         return tally.summary() | ({"fluctuation": float(np.mean(known))} if known else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations, "before": self._before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._validations, self._before = list(state["validations"]), state["before"]
 
     def rows(self, steps: Sequence[int]) -> list[dict[str, float | None]]:
         """A row with all columns per validation, of which these are the steps, and layer; None where there is no value."""

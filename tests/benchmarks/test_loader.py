@@ -6,7 +6,16 @@ from tests.conftest import REPOSITORY
 
 
 def test_it_runs_and_writes_what_it_prints(tmp_path):
-    command = [sys.executable, "benchmarks/loader.py", "--repeats", "6", "--out", str(tmp_path / "loader.json")]
+    command = [
+        sys.executable,
+        "benchmarks/loader.py",
+        "text",
+        "vision/digits",
+        "--repeats",
+        "6",
+        "--out",
+        str(tmp_path / "loader.json"),
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "loader.json").read_text())

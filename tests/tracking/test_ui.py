@@ -9,14 +9,8 @@ import pytest
 
 from pipeline import tracking
 from pipeline.errors import Failure, UsageError
-from pipeline.tracking import store
 from tests.conftest import REPOSITORY
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.tracking.conftest import free_port
 
 
 def test_a_taken_port_is_named(tmp_path):
@@ -31,7 +25,7 @@ def test_a_taken_port_is_named(tmp_path):
 def test_a_store_that_is_no_folder_is_named(tmp_path):
     (tmp_path / ".mlflow").write_text("")
     with pytest.raises(Failure, match=r"\.mlflow: cannot be used .*it has to be a writable folder"):
-        tracking.serve(tmp_path, _free_port())
+        tracking.serve(tmp_path, free_port())
 
 
 def test_a_server_of_its_own_is_pointed_to(tmp_path, monkeypatch, capsys):
@@ -42,11 +36,11 @@ def test_a_server_of_its_own_is_pointed_to(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(root):
     """`vqmoe ui` as a process, once its pages are there, and its address."""
-    port = _free_port()
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
-    code = f"import pathlib; from pipeline.tracking import serve; serve(pathlib.Path({str(tmp_path)!r}), {port})"
+    code = f"import pathlib; from pipeline.tracking import serve; serve(pathlib.Path({str(root)!r}), {port})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(240):
@@ -70,23 +64,3 @@ def test_a_stopped_server_leaves_no_process_behind(server, sent):
     process.wait(60)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(address, timeout=5)
-
-
-def test_the_pages_are_served_and_a_server_that_dies_mid_run_loses_nothing(server, tmp_path, monkeypatch, capsys):
-    """A real server takes runs over HTTP; then it dies, and the run goes on into the spool."""
-    process, address = server
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with tracking.start(tmp_path, experiment="t", stage="s", name="over-http", params={}) as run:
-        run.log({"a": 1.0}, 1)
-        run.flush()
-        process.terminate()
-        process.wait(60)
-        run.log({"a": 2.0}, 2)
-    spooled = (tmp_path / ".mlflow/spool" / f"{run.id}.jsonl").read_text()
-    assert '"step": 2' in spooled
-    assert '"step": 1' not in spooled
-    assert "cannot record" in capsys.readouterr().err
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    history = store.connect(tmp_path).get_metric_history(run.id, "a")
-    assert [(point.step, point.value) for point in history] == [(1, 1.0)]

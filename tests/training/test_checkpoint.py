@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -53,12 +54,38 @@ def test_another_configuration_names_the_key(saved, spec):
         checkpoint.load(folder, spec.model_copy(update={"labels": ("a", "c")}))
 
 
+def changed(folder, change):
+    path = folder / "model.safetensors"
+    path.write_bytes(change(path.read_bytes()))
+
+
+def flipped(content):
+    """One bit of one weight."""
+    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+
+
+def signed(folder, content):
+    """Weights that are no weights, though model.json has their digest."""
+    (folder / "model.safetensors").write_bytes(content)
+    described = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(described | {"sha256": hashlib.sha256(content).hexdigest()}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: not found"),
-        (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7]), "damaged"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "damaged"),
+        (lambda folder: changed(folder, lambda content: content[:-7]), "not the weights that model.json describes"),
+        (lambda folder: changed(folder, lambda content: b""), "not the weights"),
+        (lambda folder: changed(folder, flipped), "not the weights"),
+        (lambda folder: signed(folder, b""), "damaged"),
+        (lambda folder: signed(folder, (1 << 62).to_bytes(8, "little") + b"{}"), "damaged"),
+        (
+            lambda folder: signed(
+                folder, b"\x4c" + bytes(7) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}' + bytes(25)
+            ),
+            "damaged",
+        ),
         (lambda folder: (folder / "model.json").unlink(), "model.json: not found"),
         (lambda folder: (folder / "model.json").write_text("{"), "cannot be read as JSON"),
         (lambda folder: (folder / "model.json").write_text("[]"), "holds list"),

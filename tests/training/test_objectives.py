@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.models.build import build
-from pipeline.training.objectives import language_objective
+from pipeline.training.objectives import LanguageObjective
 from pipeline.training.optim import adam
 from pipeline.training.seeding import seed_everything
 
@@ -17,7 +17,7 @@ def made(tiny_spec, tiny_params, *overrides, seed=0, unit="bpc"):
             "smoe", model=tiny_params("model.context=16", "model.evaluate_context=16", "finetune.crop=16", *overrides).model
         )
     )
-    return model, language_objective(model, TOKENS, batch=2, seed=seed, mode="router", unit=unit)
+    return model, LanguageObjective(model, TOKENS, batch=2, seed=seed, mode="router", unit=unit)
 
 
 def remembered(model, monkeypatch):
@@ -69,7 +69,7 @@ def test_parts_are_named_by_the_unit(tiny_spec, tiny_params):
 
 
 def objective(model, steps=None):
-    return language_objective(model, TOKENS, batch=2, seed=0, mode=model.train_mode, unit="bpc", steps=steps)
+    return LanguageObjective(model, TOKENS, batch=2, seed=0, mode=model.train_mode, unit="bpc", steps=steps)
 
 
 def test_routers_hear_of_every_step_of_pre_training_and_of_no_other(tiny_spec, seeded, monkeypatch):

@@ -1,0 +1,183 @@
+"""Is a run that is killed again and again the run that was not? Kills `dvc repro` at random moments and compares.
+
+    python benchmarks/kills.py
+
+The tiny experiment of one method runs twice in clones of this repository: once to its end; and once killed, by SIGKILL, SIGTERM
+or Ctrl-C, the dvc alone or with all of its processes, until it was killed so many times in all of its stages, each time after
+some seconds by chance. What both leave is compared: every file of models, tokens and scores by its bits, every metric that is
+no time or memory, and in MLflow every point of every finished run. The table goes to the terminal, the numbers to
+benchmarks/results/kills.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import digest, write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+# Steps enough for kills to fall among them, a state after each.
+CHANGES = {
+    r"(?m)^  - smoe\n": "",
+    r"(?ms)(^pretrain:\n  steps: )\d+": r"\g<1>120",
+    r"(?ms)(^warmup:\n  steps: )\d+": r"\g<1>30",
+    r"(?ms)(^finetune:\n  steps: )\d+": r"\g<1>60",
+    r"(?ms)(^resume:\n  steps: )\d+": r"\g<1>1",
+}
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+STAGES = ("prepare", "pretrain", "warmup", "finetune", "robustness", "compute", "report")
+
+
+def clone(place: Path) -> Path:
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(place)], check=True)
+    text = (place / "presets/tiny.yaml").read_text()
+    for pattern, changed in CHANGES.items():
+        text = re.sub(pattern, changed, text)
+    (place / "params.yaml").write_text(text)
+    return place
+
+
+def start(place: Path) -> subprocess.Popen:
+    """`dvc repro`, in a session of its own; what it says goes to log.txt."""
+    environment = os.environ | {"PYTHONPATH": str(place), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    with open(place / "log.txt", "a") as log:
+        return subprocess.Popen(
+            ["dvc", "repro"], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def stage_of(place: Path) -> str:
+    """The stage that dvc named last."""
+    named = re.findall(r"Running stage '(\w+)", (place / "log.txt").read_text())
+    return named[-1] if named else "none"
+
+
+def kill(place: Path, rng: random.Random, longest: float) -> tuple[str, str] | None:
+    """Start dvc and kill it after some seconds; the stage it was at, and how. None if it was done before."""
+    (place / "log.txt").unlink(missing_ok=True)
+    dvc = start(place)
+    try:
+        code = dvc.wait(rng.uniform(0, longest))
+        if code:
+            raise SystemExit(f"dvc repro ended with {code} by itself; see {place / 'log.txt'}")
+        return None
+    except subprocess.TimeoutExpired:
+        pass
+    name, whole = rng.choice(SIGNALS), rng.random() < 0.5
+    (os.killpg if whole else os.kill)(dvc.pid, signal.Signals[name])
+    try:
+        dvc.wait(60)
+    except subprocess.TimeoutExpired:  # dvc leaves Ctrl-C that only it gets to its stage
+        os.killpg(dvc.pid, signal.SIGKILL)
+        dvc.wait()
+    return stage_of(place), f"{name}, {'all processes' if whole else 'dvc alone'}"
+
+
+def finish(place: Path) -> None:
+    if code := start(place).wait():
+        raise SystemExit(f"dvc repro ended with {code}; see {place / 'log.txt'}")
+
+
+def files(place: Path) -> dict[str, str]:
+    found = [path for folder in ("outputs", "report/data") for path in sorted((place / folder).rglob("*")) if path.is_file()]
+    # Run ids and times differ from run to run, so tables of the report that have them do.
+    return {path.relative_to(place).as_posix(): digest(path) for path in found if "report" not in path.parts}
+
+
+def numbers(value: Any, name: str = "") -> dict[str, Any]:
+    """Metrics of result files without times, memory and run ids."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k not in ("run_id", "saving", "train", "finetune", "infer")}
+        return {key: leaf for k, v in kept.items() for key, leaf in numbers(v, f"{name}/{k}").items()}
+    return {name: value}
+
+
+def metrics(place: Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted((place / "results").rglob("*-s0*.json")) + sorted((place / "results").rglob("*-s0/*.json")):
+        found |= numbers(json.loads(path.read_text()), path.relative_to(place).as_posix())
+    return found
+
+
+def runs(place: Path) -> tuple[Counter, dict[tuple, list[float]]]:
+    """How many runs ended how, and the values of each (stage, run, metric, step) of the last finished run, without times.
+
+    A stage that was done, but not yet in dvc.lock, when dvc was killed has finished twice.
+    """
+    from pipeline.tracking import store
+
+    client = store.connect(place)
+    ends, points = Counter(), {}
+    for experiment in client.search_experiments():
+        last = {}
+        for run in client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]):
+            ends[run.info.status] += 1
+            if run.info.status == "FINISHED":
+                last[run.info.run_name] = run
+        for name, run in last.items():
+            for key in run.data.metrics:
+                if not key.startswith("cost/") and "compute" not in experiment.name:
+                    for point in client.get_metric_history(run.info.run_id, key):
+                        points.setdefault((experiment.name, name, key, point.step), []).append(point.value)
+    return ends, points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=25, help="how many (default: 25)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the ways (default: 0)")
+    parser.add_argument("--longest", type=float, default=25.0, help="seconds after which a start is killed at the latest")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kills.json", help="where the numbers go")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = clone(Path(folder) / "whole"), clone(Path(folder) / "killed")
+        finish(whole)
+        kills = []
+        while len(kills) < arguments.kills:
+            found = kill(killed, rng, arguments.longest)
+            if found is None:  # done too early: as if a stage had been changed
+                subprocess.run(["git", "checkout", "--quiet", "dvc.lock"], cwd=killed, check=True)
+                continue
+            kills.append(found)
+            print(f"killed {len(kills)}: {found[0]}, {found[1]}", flush=True)
+            time.sleep(0.5)
+        finish(killed)
+        same = {name: files(killed).get(name) == sha256 for name, sha256 in files(whole).items()}
+        equal = {name: metrics(killed).get(name) == value for name, value in metrics(whole).items()}
+        (ends, points), (_, wanted) = runs(killed), runs(whole)
+        found = {
+            "kills": len(kills),
+            "by_stage": Counter(stage for stage, _ in kills),
+            "by_way": Counter(way for _, way in kills),
+            "files": len(same),
+            "files_that_differ": sorted(name for name, one in same.items() if not one),
+            "metrics": len(equal),
+            "metrics_that_differ": sorted(name for name, one in equal.items() if not one),
+            "points": len(wanted),
+            "points_lost": len(wanted.keys() - points.keys()),
+            "points_twice": sum(len(values) > 1 for values in points.values()),
+            "points_that_differ": sum(points[place][0] != wanted[place][0] for place in wanted.keys() & points.keys()),
+            "runs": ends,
+        }
+        write_json(arguments.out, found)
+    for name, value in found.items():
+        print(f"{name:20} {json.dumps(value)}")
+    if found["files_that_differ"] or found["metrics_that_differ"] or found["points_lost"] or found["points_twice"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

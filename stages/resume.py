@@ -1,0 +1,62 @@
+"""Where a stage that was cut off goes on: a folder for each stage and cell and all that its result depends on."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.config import Resume, fingerprint
+from pipeline.errors import Failure
+from pipeline.files import digest
+from pipeline.training.states import States
+from stages.paths import CODE, COMMON_CODE, Cell, Paths
+
+CODE_ROOT = Path(__file__).parents[1]
+# A process whose dvc was killed notices within a second or two.
+WAIT_SECONDS = 20.0
+
+
+@contextmanager
+def resumable(
+    stage: str, chosen: Any, settings: Resume, paths: Paths, cell: Cell | None, inputs: Iterable[Path]
+) -> Iterator[States]:
+    """States of the stage's training, held by this process alone; removed once the body has succeeded.
+
+    Raises Failure if another process runs the same stage.
+    """
+    name = f"{stage}-{cell.name}" if cell else stage
+    # In a copy that `dvc exp` runs in, the folder of the repository it was copied from.
+    root = Path(os.environ.get("DVC_ROOT", paths.root))
+    folder = root / ".resume" / f"{name}-{_fingerprint(stage, chosen, paths, cell, inputs)[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=WAIT_SECONDS):
+            yield States(folder, settings.steps, settings.seconds)
+            shutil.rmtree(folder)
+    except Timeout:
+        raise Failure(f"{folder}: another process runs {name} with the same params; wait for it, or stop it") from None
+
+
+def _fingerprint(stage: str, chosen: Any, paths: Paths, cell: Cell | None, inputs: Iterable[Path]) -> str:
+    files = {path.relative_to(CODE_ROOT).as_posix(): digest(path) for path in _code(stage)}
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    # Another version of torch, or another number of threads, gives other bits.
+    place = {
+        "cell": list(cell or ()),
+        "out": os.path.relpath(paths.out, paths.root),
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+        "threads": str(threads),
+    }
+    return fingerprint(place | {"params": chosen, "inputs": [digest(path) for path in inputs], "code": files})
+
+
+def _code(stage: str) -> Iterator[Path]:
+    for place in (*COMMON_CODE, *CODE[stage]):
+        path = CODE_ROOT / place
+        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]

@@ -1,0 +1,70 @@
+"""What machines do to a run: one line, and whatever was good before is still there."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import Failure
+from pipeline.files import digest
+from pipeline.moe.layer import SETTINGS
+from stages.execute import execute
+from stages.paths import Cell, Paths
+from tests.conftest import REPOSITORY
+
+CELL = Cell("vqmoe", 0)
+
+
+@pytest.fixture
+def pretrained(tiny_overrides, tmp_path):
+    """A function from overrides to params, and the paths of a repository that is pre-trained."""
+
+    def params(*more):
+        return config.load(REPOSITORY / "params.yaml", SETTINGS, (*tiny_overrides, *more))
+
+    paths = Paths(tmp_path / "repository", tmp_path / "repository")
+    paths.root.mkdir()
+    execute("prepare", params(), paths)
+    execute("pretrain", params(), paths, CELL)
+    return params, paths
+
+
+def left(paths):
+    good = [paths.output("pretrain", CELL), paths.result("pretrain", CELL)]
+    return [digest(path) for path in good], [path for path in paths.root.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("override", ["pretrain.batch=30000000000", "model.width=100000000"])
+def test_out_of_memory(pretrained, override):
+    params, paths = pretrained
+    before = left(paths)
+    with pytest.raises(Failure, match=r"pretrain vqmoe-s0: out of memory \(.*allocate.*\); lower") as caught:
+        execute("pretrain", params(override), paths, CELL)
+    assert "\n" not in str(caught.value)
+    assert left(paths) == before
+
+
+def test_a_disk_that_is_full(pretrained, tiny_overrides):
+    """A limit to the size of files stands for it: writing fails with an error of the system in the middle of a file."""
+    _, paths = pretrained
+    (paths.root / "dvc.yaml").write_text("")
+    before = left(paths)
+    options = [part for override in (*tiny_overrides, "pretrain.clip=2.0") for part in ("-S", override)]
+    limit = (paths.output("pretrain", CELL) / "model.safetensors").stat().st_size // 2
+    done = subprocess.run(
+        [sys.executable, "-c", "from cli import main; main()", "pretrain", "--params", str(REPOSITORY / "params.yaml"), *options],
+        cwd=paths.root,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("vqmoe:")]
+    assert "Traceback" not in done.stderr
+    assert sum("a state of the training cannot be kept" in line for line in lines) == 1
+    assert "outputs/pretrain/vqmoe-s0: cannot be written (File too large); free space" in lines[-1]
+    assert left(paths) == before

@@ -1,0 +1,190 @@
+"""Runs that are recorded by a real MLflow server: one that is killed, one that is slow, one that asks for a password."""
+
+import http.server
+import json
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from pipeline import tracking
+from pipeline.tracking import run as run_module
+from pipeline.tracking import store
+from tests.tracking.conftest import DEAD, Server, fill, runs, steps, told, until
+
+DELAY = 0.25
+
+
+class _Slow(http.server.BaseHTTPRequestHandler):
+    """Hands requests on to the server, each after DELAY seconds."""
+
+    def _hand_on(self):
+        time.sleep(DELAY)
+        self.server.requests += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+        request = urllib.request.Request(self.server.target + self.path, body or None, headers, method=self.command)
+        try:
+            answer = urllib.request.urlopen(request, timeout=30)
+        except urllib.error.HTTPError as error:
+            answer = error
+        content = answer.read()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _hand_on
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def slow_server(mlflow_server):
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
+    proxy.target, proxy.requests = mlflow_server.address, 0
+    proxy.address = f"http://127.0.0.1:{proxy.server_port}"
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_a_server_that_is_killed_mid_run_and_comes_back_has_each_step_once(root, begin, monkeypatch, capsys):
+    server = Server(root)
+    try:
+        with monkeypatch.context() as there:
+            there.setenv("MLFLOW_TRACKING_URI", server.address)
+            with begin() as run:
+                for step in range(1, 2001):
+                    run.log({"a": step, "b": -step}, step)
+                    if step == 500:
+                        until(lambda: run._sender.run_id)
+                    if step == 1000:
+                        server.kill()
+                for step in range(2001, 2501):
+                    run.log({"a": step, "b": -step}, step)
+                until(lambda: "cannot record" in capsys.readouterr().err)
+                server.start()
+                for step in range(2501, 3001):
+                    run.log({"a": step, "b": -step}, step)
+                run_id = run.id
+        client = store.connect(root)
+        assert [(one.info.run_id, one.info.status) for one in runs(client)] == [(run_id, "FINISHED")]
+        assert steps(client, run_id, "a") == steps(client, run_id, "b") == list(range(1, 3001))
+        assert not list((root / ".mlflow/spool").iterdir())
+    finally:
+        server.kill()
+
+
+def test_what_a_server_is_sent_again_stands_there_once(tmp_path, mlflow_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    with tracking.start(tmp_path, key="k", resumed=False, experiment="again", stage="s", name="n", params={"x": 1}) as run:
+        fill(run, tmp_path / "model")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.address)
+    spool, kept = tmp_path / ".mlflow/spool", tmp_path / "kept"
+    shutil.copytree(spool, kept)
+    tracking.sync(tmp_path)
+    client = store.connect(tmp_path)
+    (found,) = runs(client, "again/s")
+    once = told(client, found.info.run_id)
+    assert [point[0] for point in once["points"]["train/loss"]] == list(range(1, 31))
+    assert [model[:2] for model in once["models"]] == [("pretrain-vqmoe-s0", "READY")]
+    assert (once["info"][0], once["artifacts"], once["params"]) == ("FINISHED", ["table.csv"], {"x": "1"})
+    shutil.rmtree(spool)
+    shutil.copytree(kept, spool)
+    tracking.sync(tmp_path)
+    assert [one.info.run_id for one in runs(client, "again/s")] == [found.info.run_id]
+    assert told(client, found.info.run_id) == once
+
+
+@pytest.mark.parametrize("through", ["database", "server"])
+def test_a_point_that_comes_twice_is_stored_once(root, mlflow_server, monkeypatch, through):
+    """What sending relies on where a request comes through after it was given up."""
+    if through == "server":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.address)
+    from mlflow.entities import Metric
+
+    client = store.connect(root)
+    run_id = client.create_run("0").info.run_id
+    points = [Metric("a", value, 1_700_000_000_000 + step, step) for step, value in enumerate([0.1, 1e300, float("nan")])]
+    for _ in range(2):
+        client.log_batch(run_id, metrics=points)
+    assert steps(client, run_id, "a") == [0, 1, 2]
+
+
+def test_a_slow_server_does_not_slow_the_run(tmp_path, slow_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", slow_server.address)
+    monkeypatch.setattr(run_module, "SEND_SECONDS", 0.05)
+    with tracking.start(tmp_path, key="k", resumed=False, experiment="slow", stage="s", name="n", params={}) as run:
+        until(lambda: slow_server.requests)
+        started = time.monotonic()
+        for step in range(500):
+            run.log({"a": step}, step)
+        run.upstream({"prepare": "x"})
+        # Hundreds of calls take less than one request, of which there are many.
+        assert time.monotonic() - started < DELAY
+    assert slow_server.requests > 8
+    assert steps(store.connect(tmp_path), run.id, "a") == list(range(500))
+
+
+SECRETS = ("pass%2Fword-1", "pass/word-1", "word-2", "token-3")
+
+
+@pytest.fixture
+def credentials(tmp_path, monkeypatch):
+    """A function from a server to its address with credentials, which also stand in the environment and in changed files."""
+
+    def given(address):
+        uri = address.replace("//", "//someone:pass%2Fword-1@")
+        for name, value in (("URI", uri), ("USERNAME", "someone"), ("PASSWORD", "word-2"), ("TOKEN", "token-3")):
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+        (tmp_path / "script.sh").write_text("#!/bin/sh\n")
+        for arguments in (["init"], ["add", "script.sh"], ["commit", "-m", "first"]):
+            command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        (tmp_path / "script.sh").write_text(f"export MLFLOW_TRACKING_URI={uri}\nexport MLFLOW_TRACKING_TOKEN=token-3\n")
+        return {"data.corpus": uri, "x": "word-2"}
+
+    return given
+
+
+def _start(root, params):
+    return tracking.start(root, key="k", resumed=False, experiment="secret", stage="s", name="n", params=params)
+
+
+def _found_in(*folders):
+    texts = b"".join(path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file())
+    assert b"MLFLOW_TRACKING_URI=http://127.0.0.1" in texts  # the file that had the secret was looked at
+    return [secret for secret in SECRETS if secret.encode() in texts]
+
+
+def test_credentials_reach_neither_journal_nor_messages(tmp_path, credentials, capsys):
+    params = credentials(DEAD)
+    with pytest.raises(ValueError, match="token-3"), _start(tmp_path, params) as run:
+        run.upstream({"prepare": "x"})
+        raise ValueError(f"{params['data.corpus']} does not like token-3")
+    assert _found_in(tmp_path / ".mlflow") == []
+    printed = capsys.readouterr().err
+    assert "cannot record to http://127.0.0.1:9" in printed
+    assert not [secret for secret in SECRETS if secret in printed]
+    lines = (tmp_path / ".mlflow/spool/k.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["params"] == {"data.corpus": "http://127.0.0.1:9", "x": "***"}
+
+
+def test_credentials_reach_neither_store_nor_artifacts(tmp_path, mlflow_server, credentials, capsys):
+    params = credentials(mlflow_server.address)
+    with pytest.raises(ValueError, match="token-3"), _start(tmp_path, params) as run:
+        fill(run, tmp_path / "model")
+        raise ValueError(f"{params['data.corpus']} does not like token-3")
+    assert not run.id.startswith("offline-")
+    client = store.connect(tmp_path)
+    assert told(client, run.id)["artifacts"] == ["changes.diff", "table.csv"]
+    assert _found_in(mlflow_server.root, tmp_path / ".mlflow") == []
+    assert not [secret for secret in SECRETS if secret in capsys.readouterr().err]
