@@ -185,30 +185,31 @@ def one_line(error: Exception) -> str:
 def csv_bytes(rng: random.Random) -> bytes:
     heads = ["text,label,split", "text,label", "text;label;split", "label,text,split,group", ""]
     words = ["alpha", "", '"quo"te"', "a,b", "é\u0000", "zeta " * 50, "\n", "train", "valid", "test", "x" * 5]
-    rows = [rng.choice(heads)] + [
-        ",".join(rng.choice(words) for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(0, 30))
-    ]
+    head = rng.choice(heads) if rng.random() < 0.3 else "text,label,split"
+    many = rng.choice([0, 0, 1, 3, 30])
+    rows = [head] + [",".join(rng.choice(words) for _ in range(rng.choice([3, 3, 3, 1, 2, 4]))) for _ in range(many)]
     good = [f"text {i} {'alpha' if i % 2 else 'zeta'},{i % 2},{split}" for split in ("train", "valid", "test") for i in range(6)]
-    return "\n".join(rows + (good if rng.random() < 0.5 else [])).encode("utf-8", "surrogatepass")
+    return "\n".join(rows + (good if rng.random() < 0.8 else [])).encode("utf-8", "surrogatepass")
 
 
 def jsonl_bytes(rng: random.Random) -> bytes:
     values = ["alpha beta", "", None, 3, ["x"], {"a": 1}, "é" * 3, "train", "valid", "test", True, 1e300]
     keys = ["text", "label", "split", "group", "other"]
     rows = [
-        json.dumps({key: rng.choice(values) for key in rng.sample(keys, rng.randint(0, 5))}) for _ in range(rng.randint(0, 20))
+        json.dumps({key: rng.choice(values) for key in rng.sample(keys, rng.randint(0, 5))})
+        for _ in range(rng.choice([0, 0, 1, 5]))
     ]
     good = [
         json.dumps({"text": f"word {i} alpha", "label": str(i % 2), "split": split})
         for split in ("train", "valid", "test")
         for i in range(6)
     ]
-    return "\n".join((good if rng.random() < 0.6 else []) + rows + (["{"] if rng.random() < 0.2 else [])).encode()
+    return "\n".join((good if rng.random() < 0.8 else []) + rows + (["{"] if rng.random() < 0.1 else [])).encode()
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
     """As it is, cut off, with bytes changed, or with more at its end."""
-    way, content = rng.randint(0, 3), bytearray(content)
+    way, content = rng.choice([0, 0, 0, 0, 0, 1, 2, 3]), bytearray(content)
     if way == 1:
         content = content[: rng.randint(0, len(content))]
     elif way == 2 and content:
@@ -222,31 +223,34 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
 def picture(rng: random.Random) -> bytes:
     file = io.BytesIO()
     size = rng.choice([(8, 8), (1, 1), (13, 7), (40, 40)])
-    mode = rng.choice(["L", "RGB", "RGBA", "P", "1", "I;16", "CMYK"])
+    mode = rng.choice(["L", "RGB", "RGBA", "P", "1"] * 10 + ["I;16", "CMYK"])
     Image.new(mode, size, 1).save(file, "TIFF" if mode in ("I;16", "CMYK") else rng.choice(["PNG", "GIF", "BMP"]))
     return file.getvalue()
 
 
 def lay_image_folder(rng: random.Random, place: Path) -> str:
-    for split in rng.sample(["train", "test", "valid", "val", "other"], rng.randint(1, 4)):
-        for label in rng.sample(["ant", "bee", "cow"], rng.randint(1, 3)):
+    more = rng.sample(["valid", "val", "other"], rng.choice([0, 0, 0, 1, 2]))
+    classes = rng.sample(["ant", "bee", "cow"], rng.choice([3, 3, 3, 2, 1]))
+    for split in [name for name in ("train", "test") if rng.random() < 0.95] + more:
+        for label in classes if rng.random() < 0.95 else classes[1:]:
             (place / "set" / split / label).mkdir(parents=True)
-            for i in range(rng.randint(0, 4)):
-                (place / "set" / split / label / f"{i}{rng.choice(['.png', '.jpg', '.txt', ''])}").write_bytes(
-                    damaged(rng, picture(rng))
-                )
+            for i in range(rng.choice([4] * 30 + [1, 0])):
+                suffix = rng.choice([".png"] * 40 + [".jpg", ".txt", ""])
+                content = picture(rng) if rng.random() < 0.98 else damaged(rng, picture(rng))
+                (place / "set" / split / label / f"{i}{suffix}").write_bytes(content)
     return "set"
 
 
 def lay_npz(rng: random.Random, place: Path) -> str:
-    arrays, count = {}, rng.randint(0, 12)
+    arrays, count = {}, rng.choice([12, 12, 12, 12, 1, 0])
     for split in ("train", "test"):
-        shape = rng.choice([(count, 8, 8), (count, 8, 8, 3), (count, 3, 8, 8), (count,), (count, 8, 7, 2)])
-        arrays[f"x_{split}"] = np.zeros(shape, rng.choice([np.uint8, np.float32, np.int64]))
-        arrays[f"y_{split}"] = np.arange(rng.choice([count, count + 1])).astype(
-            rng.choice([np.int64, np.float32])
-        ) % 3 - rng.choice([0, 0, 1])
-    for name in rng.sample(sorted(arrays), rng.randint(0, 1)):
+        odd = [(count, 3, 8, 8), (count,), (count, 8, 7, 2)] if rng.random() < 0.2 else []
+        arrays[f"x_{split}"] = np.zeros(
+            rng.choice([(count, 8, 8), (count, 8, 8, 3), *odd]), rng.choice([np.uint8] * 9 + [np.float32])
+        )
+        labels = np.arange(count + (rng.random() < 0.1)) % 3 - (rng.random() < 0.1)
+        arrays[f"y_{split}"] = labels.astype(rng.choice([np.int64] * 9 + [np.float32]))
+    for name in rng.sample(sorted(arrays), rng.random() < 0.1):
         del arrays[name]
     file = io.BytesIO()
     np.savez(file, **arrays)
@@ -256,8 +260,8 @@ def lay_npz(rng: random.Random, place: Path) -> str:
 
 def lay_task(rng: random.Random, place: Path) -> str:
     name, make = rng.choice([("set.csv", csv_bytes), ("set.jsonl", jsonl_bytes)])
-    packed = rng.choice(["", "", ".gz", ".xz", ".zip"])
-    content = damaged(rng, make(rng))
+    packed = rng.choice(["", "", "", "", ".xz", ".gz", ".zip"])
+    content = make(rng)
     (place / (name + packed)).write_bytes(damaged(rng, pack(name, content, packed)))
     return name + packed
 

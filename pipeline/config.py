@@ -7,6 +7,7 @@ this file knows no method, and a new method does not touch it.
 import difflib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import ReusedAnchorWarning, YAMLError
 
 from pipeline.errors import UsageError
 
@@ -437,7 +438,9 @@ def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterabl
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
     try:
-        raw = YAML(typ="safe").load(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReusedAnchorWarning)
+            raw = YAML(typ="safe").load(text)
     except _BAD_YAML as error:
         raise UsageError(f"{path}: not valid YAML{_problem(error)}") from None
     if not isinstance(raw, dict):
@@ -532,7 +535,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 # What the parser raises; beside its own errors those of a value that is none of its kind, such as a date or `!!int ""`.
-_BAD_YAML = (YAMLError, ValueError, LookupError, RecursionError)
+_BAD_YAML = (YAMLError, ReusedAnchorWarning, ValueError, LookupError, RecursionError)
 
 _SECTION = "input should be a section of keys and values"
 # Where pydantic speaks of Python's types, YAML's words.
@@ -541,7 +544,7 @@ _EXPECTED = {"tuple_type": "input should be a list, such as [a, b]", "model_type
 
 def _problem(error: Exception) -> str:
     """Where and what, out of the many lines of a YAML error."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).strip()
     return f"{f', line {mark.line + 1}' if mark else ''}: {problem.splitlines()[0]}"
 
 

@@ -174,6 +174,7 @@ def test_methods_for_the_other_kind_of_data_are_refused(tmp_path):
     [
         (b"model: [", "not valid YAML, line 1: expected the node content"),
         (b"model: 1\nmodel: 2\n", "not valid YAML, line 2: found duplicate key"),
+        (b"model: &a 1\ngrid: &a 2\n", "not valid YAML: found duplicate anchor"),
         (b"model: !!bool x\n", "not valid YAML"),
         (b"model: 2020-13-45\n", "not valid YAML: month must be in 1..12"),
         (b"- 1\n", "holds list"),
