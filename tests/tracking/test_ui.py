@@ -58,8 +58,11 @@ def server(root):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_server_leaves_no_process_behind(server, sent):
+def test_the_server_listens_here_alone_and_stopped_leaves_no_process_behind(server, sent):
     process, address = server
+    # Another address of this machine: who listens everywhere would answer there.
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address.replace("127.0.0.1", "127.0.0.2"), timeout=5)
     process.send_signal(sent)
     process.wait(60)
     with pytest.raises(OSError, match="refused"):
