@@ -2,15 +2,16 @@
 
     python benchmarks/kills.py
 
-The tiny experiment of one method runs twice in clones of this repository: once to its end; and once killed, by SIGKILL, SIGTERM
-or Ctrl-C, the dvc alone or with all of its processes, until it was killed so many times in all of its stages, each time after
-some seconds by chance. What both leave is compared: every file of models, tokens and scores by its bits, every metric that is
-no time or memory, and in MLflow every point of every finished run. The table goes to the terminal, the numbers to
-benchmarks/results/kills.json.
+The tiny experiment of one method runs twice in clones of this repository: once to its end; and once killed, by SIGKILL,
+SIGTERM or Ctrl-C, the dvc alone or with all of its processes, so many times over all of its stages, each time some seconds
+after the stage began, by chance. What both leave is compared: every file of models, tokens and scores by its bits, every
+metric that is no time or memory, and in MLflow every point of every finished run. The table goes to the terminal, the numbers
+to benchmarks/results/kills.json.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +66,22 @@ def stage_of(place: Path) -> str:
     return named[-1] if named else "none"
 
 
-def kill(place: Path, rng: random.Random, longest: float) -> tuple[str, str] | None:
-    """Start dvc and kill it after some seconds; the stage it was at, and how. None if it was done before."""
+def kill(place: Path, rng: random.Random, longest: float, often: Mapping[str, int], most: int) -> tuple[str, str] | None:
+    """Start dvc and kill it some seconds into a stage that was not killed `most` times yet; the stage, and how.
+
+    None if it was done before.
+    """
     (place / "log.txt").unlink(missing_ok=True)
-    dvc = start(place)
-    try:
-        code = dvc.wait(rng.uniform(0, longest))
-        if code:
-            raise SystemExit(f"dvc repro ended with {code} by itself; see {place / 'log.txt'}")
-        return None
-    except subprocess.TimeoutExpired:
-        pass
+    dvc, stage, at = start(place), "none", math.inf
+    while time.monotonic() < at:
+        time.sleep(0.05)
+        if (code := dvc.poll()) is not None:
+            if code:
+                raise SystemExit(f"dvc repro ended with {code} by itself:\n{(place / 'log.txt').read_text()[-2000:]}")
+            return None
+        if stage_of(place) != stage:
+            stage = stage_of(place)
+            at = time.monotonic() + rng.uniform(0, longest) if often[stage] < most else math.inf
     name, whole = rng.choice(SIGNALS), rng.random() < 0.5
     (os.killpg if whole else os.kill)(dvc.pid, signal.Signals[name])
     try:
@@ -82,12 +89,12 @@ def kill(place: Path, rng: random.Random, longest: float) -> tuple[str, str] | N
     except subprocess.TimeoutExpired:  # dvc leaves Ctrl-C that only it gets to its stage
         os.killpg(dvc.pid, signal.SIGKILL)
         dvc.wait()
-    return stage_of(place), f"{name}, {'all processes' if whole else 'dvc alone'}"
+    return stage, f"{name}, {'all processes' if whole else 'dvc alone'}"
 
 
 def finish(place: Path) -> None:
     if code := start(place).wait():
-        raise SystemExit(f"dvc repro ended with {code}; see {place / 'log.txt'}")
+        raise SystemExit(f"dvc repro ended with {code}:\n{(place / 'log.txt').read_text()[-2000:]}")
 
 
 def files(place: Path) -> dict[str, str]:
@@ -138,7 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=25, help="how many (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the ways (default: 0)")
-    parser.add_argument("--longest", type=float, default=25.0, help="seconds after which a start is killed at the latest")
+    parser.add_argument(
+        "--longest", type=float, default=8.0, help="seconds into a stage after which it is killed at the latest (default: 8)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "kills.json", help="where the numbers go")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -146,12 +155,13 @@ def main() -> None:
         whole, killed = clone(Path(folder) / "whole"), clone(Path(folder) / "killed")
         finish(whole)
         kills = []
+        often: Counter[str] = Counter()
         while len(kills) < arguments.kills:
-            found = kill(killed, rng, arguments.longest)
-            if found is None:  # done too early: as if a stage had been changed
-                subprocess.run(["git", "checkout", "--quiet", "dvc.lock"], cwd=killed, check=True)
-                continue
+            found = kill(killed, rng, arguments.longest, often, -(-arguments.kills // len(STAGES)) + 1)
+            if found is None:
+                break
             kills.append(found)
+            often[found[0]] += 1
             print(f"killed {len(kills)}: {found[0]}, {found[1]}", flush=True)
             time.sleep(0.5)
         finish(killed)
