@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipeline import tracking
 from pipeline.config import Resume, fingerprint
 from pipeline.errors import Failure
 from pipeline.files import digest
@@ -44,14 +45,13 @@ def resumable(
 
 def _fingerprint(stage: str, chosen: Any, paths: Paths, cell: Cell | None, inputs: Iterable[Path]) -> str:
     files = {path.relative_to(CODE_ROOT).as_posix(): digest(path) for path in _code(stage)}
-    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     # Another version of torch, or another number of threads, gives other bits.
     place = {
         "cell": list(cell or ()),
         "out": os.path.relpath(paths.out, paths.root),
         "torch": version("torch"),
         "numpy": version("numpy"),
-        "threads": str(threads),
+        "threads": tracking.threads(),
     }
     return fingerprint(place | {"params": chosen, "inputs": [digest(path) for path in inputs], "code": files})
 

@@ -1,5 +1,6 @@
 """What the documents say of the robustness experiment is what its kept results say."""
 
+import json
 import re
 import tarfile
 
@@ -38,3 +39,23 @@ def test_each_row_of_the_document_is_a_row_of_the_report(document, tables_of_the
     assert len(rows) > 10
     for row in rows:
         assert row in tables_of_the_archive, row
+
+
+def test_the_trials_say_what_their_archive_says(tmp_path):
+    with tarfile.open(REPOSITORY / "docs/evidence/trials.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    found = {}
+    for path in tmp_path.rglob("results/robustness/*.json"):
+        result = json.loads(path.read_text())
+        # The mode of inference comes last.
+        language, task = ([*result["metrics"][model].values()][-1] for model in ("language", "banking77"))
+        clean, noise, attack = (language[family] for family in ("clean", "noise", "attack"))
+        bits = [clean["score"], noise["degradation"], noise["score"], attack["degradation"], noise["kappa"]]
+        accuracy = [f"{100 * task[family]['score']:.1f}" for family in ("clean", "noise")]
+        found[f"`{result['run_id'][:8]}`"] = [*(f"{value:.3f}" for value in bits), *accuracy, f"{task['noise']['kappa']:.3f}"]
+    text = (REPOSITORY / "docs/EXPERIMENTS.md").read_text()
+    (section,) = re.findall(r"(?ms)^## [^\n]*can VQMoE be made more robust\?\n(.*?)(?=^## )", text)
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(found) == 11
+    for _, *values, run in rows:
+        assert values == found[run], run

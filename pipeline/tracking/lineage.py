@@ -35,7 +35,7 @@ def git(root: Path, *arguments: str, stdin: str = "", **environment: str) -> str
 def source_tags(root: Path) -> dict[str, str]:
     """Tags for commit, dirty flag, DVC stage and experiment, versions and machine."""
     tags = {f"vqmoe.version.{name}": text for name in PACKAGES if (text := _version(name))}
-    tags |= {"vqmoe.threads": _threads(), "vqmoe.cpu": _cpu(), "vqmoe.gpu": _gpus()}
+    tags |= {"vqmoe.threads": threads(), "vqmoe.cpu": _cpu(), "vqmoe.gpu": _gpus()}
     tags |= {"vqmoe.version.python": platform.python_version(), "mlflow.source.name": "vqmoe", "mlflow.source.type": "LOCAL"}
     if commit := git(root, "rev-parse", "HEAD").strip():
         tags |= {"mlflow.source.git.commit": commit, "vqmoe.git_dirty": str(bool(diff(root))).lower()}
@@ -93,7 +93,7 @@ def digests(paths: Iterable[Path], root: Path, kind: str) -> dict[str, str]:
     return tags
 
 
-def _threads() -> str:
+def threads() -> str:
     """Threads among which sums are split: the same bits need as many."""
     # Left alone, torch need not take one for every CPU. Stages have imported it; it is not imported for this.
     if torch := sys.modules.get("torch"):
