@@ -292,6 +292,19 @@ class Report(Section):
     resamples: Annotated[int, Field(ge=100)]
 
 
+class Machine(Section):
+    """Where models compute, and how exactly: both are part of what decides a result's bits."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Literal["fp32", "bf16"]
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Machine":
+        if self.device == "cpu" and self.precision == "bf16":
+            raise ValueError("precision is bf16: needs machine.device cuda; a CPU is faster with fp32")
+        return self
+
+
 class Resume(Section):
     steps: Count
     seconds: Positive
@@ -315,6 +328,7 @@ class Params(Section):
     robustness: Section
     compute: Compute
     report: Report
+    machine: Machine
     resume: Resume
     tracking: Tracking
 

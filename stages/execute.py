@@ -4,7 +4,7 @@ import importlib
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.data.corpora import exists, source
 from pipeline.data.tasks import task_source
 from pipeline.errors import Failure
 from pipeline.files import digest, read_json, write_json
+from pipeline.training.machine import at_work
 from stages.orphan import stop_with_dvc
 from stages.paths import GRID_STAGES, SECTIONS, TRAINING, UPSTREAM, Cell, Paths, cells, of_images, read_result
 from stages.resume import resumable
@@ -67,7 +68,7 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
                     run.dataset(params.data.tasks[task], paths.task(task), context, profile)
         body = importlib.import_module(f"stages.{stage}").run
         given = (run.log, states) if stage in TRAINING else (run.log,)
-        with _enough_memory(stage, name):
+        with _enough_memory(stage, name), at_work(chosen.machine) if hasattr(chosen, "machine") else nullcontext():
             metrics = body(chosen, paths, cell, *given) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
         result = place | {"run_id": run.id, "metrics": metrics}

@@ -18,11 +18,11 @@ TASK_STAGES = ("warmup", "finetune")
 # alone, fine-tuning those of its task: another task trains nothing again but its own models.
 SECTIONS = {
     "prepare": ("data", "prepare"),
-    "pretrain": ("data.view", "model", "pretrain"),
-    "warmup": ("data.view", "model", "warmup"),
-    "finetune": ("data.view", "model", "finetune"),
-    "robustness": ("data", "model", "finetune", "robustness"),
-    "compute": ("data.view", "model", "pretrain", "finetune", "compute"),
+    "pretrain": ("data.view", "model", "pretrain", "machine"),
+    "warmup": ("data.view", "model", "warmup", "machine"),
+    "finetune": ("data.view", "model", "finetune", "machine"),
+    "robustness": ("data", "model", "finetune", "robustness", "machine"),
+    "compute": ("data.view", "model", "pretrain", "finetune", "compute", "machine"),
     "report": ("grid", "data", "report"),
 }
 

@@ -29,6 +29,7 @@ def source(params: SimpleNamespace, paths: Paths, cell: Cell) -> Problem:
         params.pretrain.batch,
         params.pretrain.validate_tokens,
         cell.seed,
+        device=params.machine.device,
     )
 
 
@@ -50,6 +51,7 @@ def domain(params: SimpleNamespace, paths: Paths, cell: Cell) -> Problem:
         settings.validate_tokens,
         cell.seed,
         settings.kmeans_tokens,
+        params.machine.device,
     )
 
 
@@ -76,6 +78,7 @@ def task(params: SimpleNamespace, paths: Paths, cell: Cell) -> Problem:
         settings.batch,
         settings.crop,
         cell.seed,
+        device=params.machine.device,
     )
 
 
@@ -94,12 +97,13 @@ def made_up_task(params: SimpleNamespace, cell: Cell, source: Problem) -> Proble
         settings.batch,
         settings.crop,
         cell.seed,
+        device=params.machine.device,
     )
 
 
 def _pictures(params: SimpleNamespace, settings: ImageTraining, folder: Path, cell: Cell, show: int = 0) -> Pictures:
     found = open_set(folder)
-    return Pictures(image_classifier(params, cell, found), found.splits, settings, cell.seed, show)
+    return Pictures(image_classifier(params, cell, found), found.splits, settings, cell.seed, show, device=params.machine.device)
 
 
 def image_classifier(params: SimpleNamespace, cell: Cell, found: ImageSet) -> Spec:

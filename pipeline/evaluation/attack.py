@@ -31,6 +31,9 @@ class Edits(NamedTuple):
     symbol_SK: Tensor
     queries_S: Tensor
 
+    def cpu(self) -> "Edits":
+        return Edits(*(one.cpu() for one in self))
+
 
 def greedy(
     loss: Loss,

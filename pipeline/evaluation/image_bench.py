@@ -76,6 +76,7 @@ class ImageBench:
 
     def _attacked(self, kind: str, eps: float, model: Vit, mode: Mode, pixels_SCHW: Tensor, labels_S: Tensor) -> Tensor:
         found = []
+        pixels_SCHW, labels_S = pixels_SCHW.to(model.device), labels_S.to(model.device)
         for rows in torch.arange(len(labels_S)).split(BATCH):
 
             def loss(pixels_BCHW: Tensor, rows: Tensor = rows) -> Tensor:
@@ -86,7 +87,7 @@ class ImageBench:
             else:
                 steps = self.settings.attack_steps
                 found.append(pgd(loss, pixels_SCHW[rows], eps / 255, steps=steps, seed=self.seed, index_B=rows))
-        return torch.cat(found)
+        return torch.cat(found).cpu()
 
     def _shifted(self, model: Vit, mode: Mode, name: str, shift: Images, test: Images) -> Effect:
         """The model chooses among the shift's classes alone; what is lost is against clean test images of those classes."""
@@ -129,8 +130,8 @@ def image_trace(model: Vit, pixels_SCHW: Tensor, mode: Mode, watch: Watch | None
         scores_BL, hidden = model(pixels_SCHW[rows], mode)
         if watch is not None:
             watch(hidden)
-        scores.append(scores_BL)
-        index.append([model.patches(output.index_NK) for output in hidden.layers])
+        scores.append(scores_BL.float().cpu())
+        index.append([model.patches(output.index_NK).cpu() for output in hidden.layers])
     return Trace(torch.cat(scores), [torch.cat(parts) for parts in zip(*index, strict=True)])
 
 
@@ -144,19 +145,20 @@ def pictures(model: Vit, mode: Mode, test: Images, settings: ImageRobustness, se
     pixels_SVCHW = torch.stack(list(versions.values()), 1)
     size = pixels_SVCHW.shape[:2]
     scores_NL, hidden = model(pixels_SVCHW.flatten(0, 1) / 255, mode)
+    scores_NL, layers = scores_NL.float().cpu(), [output.cpu() for output in hidden.layers]
 
     def placed(index_LN: list[Tensor]) -> np.ndarray:
         return np.stack([model.patches(index_N).view(*size, *model.grid).numpy() for index_N in index_LN])
 
-    coded = hidden.layers[0].code_N is not None
+    coded = layers[0].code_N is not None
     return Pictures(
         tuple(versions),
         pixels_SVCHW.numpy(),
         np.array(some.labels_N),
         scores_NL.argmax(1).view(size).numpy(),
         model.expert_blocks,
-        placed([output.index_NK[:, 0] for output in hidden.layers]),
-        placed([output.code_N for output in hidden.layers]) if coded else None,
+        placed([output.index_NK[:, 0] for output in layers]),
+        placed([output.code_N for output in layers]) if coded else None,
         _nearest(model, mode, spaced_images(test, settings.images)) if coded else {},
     )
 
@@ -171,7 +173,7 @@ def _nearest(model: Vit, mode: Mode, images: Images) -> dict[int, dict[int, Code
         if isinstance(quantized, Quantized):
             (block,) = (block for block, one in quantizers.items() if one is quantizer)
             distance_N = (inputs[0] - quantized.value_ND).square().sum(1)
-            found.setdefault(block, []).append((model.patches(quantized.code_N), model.patches(distance_N)))
+            found.setdefault(block, []).append((model.patches(quantized.code_N).cpu(), model.patches(distance_N).cpu()))
 
     hooks = [quantizer.register_forward_hook(see) for quantizer in quantizers.values()]
     for rows in torch.arange(len(pixels_SCHW)).split(BATCH):

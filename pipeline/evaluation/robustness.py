@@ -92,7 +92,7 @@ def language_trace(model: Transformer, given: Texts, segments: np.ndarray, mode:
         hidden = model(given.tokens_ST[rows], mode)
         if watch is not None:
             watch(hidden)
-        nats = model.nats(hidden.state_BTD, target_ST[rows])
+        nats = model.nats(hidden.state_BTD, target_ST[rows]).cpu()
         scores.append(nats.masked_fill(target_ST[rows] < 0, math.nan))
         index.append(_experts(hidden, torch.ones_like(given.tokens_ST[rows], dtype=torch.bool)))
     return Trace(torch.cat(scores), [torch.cat(parts) for parts in zip(*index, strict=True)])
@@ -107,7 +107,7 @@ def classifier_trace(model: Classifier, given: Texts, mode: Mode, watch: Watch |
         batch, hidden = model(tokens_BT, lengths_B, mode)
         if watch is not None:
             watch(hidden)
-        scores.append(batch)
+        scores.append(batch.float().cpu())
         index.append(_experts(hidden, torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]))
     return Trace(torch.cat(scores), [torch.cat(parts) for parts in zip(*index, strict=True)])
 
@@ -189,7 +189,7 @@ def _experts(hidden: Hidden, valid_BT: Tensor) -> list[Tensor]:
     for output in hidden.layers:
         index_BTK = torch.full((*valid_BT.shape, output.index_NK.shape[1]), -1)
         whole = len(output.index_NK) == valid_BT.numel()
-        index_BTK[torch.ones_like(valid_BT) if whole else valid_BT] = output.index_NK
+        index_BTK[torch.ones_like(valid_BT) if whole else valid_BT] = output.index_NK.cpu()
         result.append(index_BTK)
     return result
 

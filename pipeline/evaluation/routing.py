@@ -32,7 +32,7 @@ def collapse(model: Backbone, run: Callable[[Tensor], Hidden], valid_ST: Tensor)
         chosen_N = chosen_ST[rows][valid_ST[rows]]
         answers = _assignments(model, run, rows)
         for kept, (x_ND, index_NK) in zip(seen, answers, strict=True):
-            kept.append((x_ND[chosen_N], index_NK[chosen_N]))
+            kept.append((x_ND.cpu()[chosen_N], index_NK.cpu()[chosen_N]))
     result = []
     for layer, kept in zip(model.moe_layers, seen, strict=True):
         x_ND, index_NK = (torch.cat(parts) for parts in zip(*kept, strict=True))
@@ -41,7 +41,7 @@ def collapse(model: Backbone, run: Callable[[Tensor], Hidden], valid_ST: Tensor)
         row = {} if rank is None else {"effective_rank": rank}
         if experts > 1:
             x_ND = _spaced(x_ND, OUTPUTS)
-            y_END = layer.experts(x_ND.repeat(experts, 1), torch.full((experts,), len(x_ND))).unflatten(0, (experts, -1))
+            y_END = layer.experts(x_ND.to(model.device).expand(experts, -1, -1)).cpu()
             row = {"output_cosine": stats.output_cosine(y_END), "cka": stats.cka(y_END)} | row
         result.append(row)
     return result

@@ -61,7 +61,7 @@ class TextBench:
             record.add("noise", noise.kind, noise.rate, language_effect(clean, noisy, given.source_ST, experts))
             self.progress.advance()
         some = evenly(len(inputs), self.settings.attack_texts)
-        target_ST = torch.from_numpy(clean_segments[some, 1:].astype(np.int64))
+        target_ST = torch.from_numpy(clean_segments[some, 1:].astype(np.int64)).to(model.device)
         base = clean.some(some)
 
         def loss(tokens_BT: Tensor, rows_B: Tensor) -> Tensor:
@@ -102,10 +102,11 @@ class TextBench:
         attacked = [passages[i] for i in some]
         record.units |= {f"{record.name['model']}/attack/{key}": numbers for key, numbers in groups(attacked).items()}
         base, chosen = clean.some(some), texts([encoded.ids[i] for i in some], self.context, pad)
+        lengths_S, true_S = chosen.lengths_S.to(model.backbone.device), labels_S[some].to(model.backbone.device)
 
         def loss(tokens_BT: Tensor, rows_B: Tensor) -> Tensor:
-            scores_BC, _ = model(tokens_BT, chosen.lengths_S[rows_B], mode)
-            return F.cross_entropy(scores_BC, labels_S[some][rows_B], reduction="none")
+            scores_BC, _ = model(tokens_BT, lengths_S[rows_B], mode)
+            return F.cross_entropy(scores_BC, true_S[rows_B], reduction="none")
 
         for rate, given in self._attacked(loss, model.backbone, chosen):
             noisy = classifier_trace(model, given, mode)
@@ -129,16 +130,9 @@ class TextBench:
         allowed = np.arange(self.tokenizer.pad) if symbols is None else np.searchsorted(symbols, self.characters.symbols)
         rates = self.settings.attack_rates
         most_S = (rates[-1] * given.lengths_S).ceil().long()
-        edits = greedy(
-            loss,
-            model.embedding,
-            given.tokens_ST,
-            given.source_ST >= 0,
-            torch.from_numpy(allowed.astype(np.int64)),
-            most_S,
-            self.settings.attack_queries,
-            seed=self.seed,
-        )
+        texts_and_limits = given.tokens_ST, given.source_ST >= 0, torch.from_numpy(allowed.astype(np.int64)), most_S
+        attacked = (one.to(model.device) for one in texts_and_limits)
+        edits = greedy(loss, model.embedding, *attacked, self.settings.attack_queries, seed=self.seed).cpu()
         for rate in rates:
             yield rate, given._replace(tokens_ST=apply(given.tokens_ST, edits, (rate * given.lengths_S).ceil().long()))
             self.progress.advance()

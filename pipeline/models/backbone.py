@@ -61,6 +61,11 @@ class Backbone(nn.Module):
         return [self.blocks[index].moe for index in self.expert_blocks]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is; a forward pass takes its inputs there."""
+        return next(self.parameters()).device
+
+    @property
     def modes(self) -> tuple[Mode, ...]:
         return self.moe_layers[0].modes
 

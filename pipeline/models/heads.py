@@ -30,6 +30,7 @@ class Classifier(nn.Module):
 
     def forward(self, tokens_BT: Tensor, lengths_B: Tensor, mode: Mode) -> tuple[Tensor, Hidden]:
         """Scores (B, L) of right-padded sequences with their real lengths, and the backbone's hidden states."""
+        tokens_BT, lengths_B = tokens_BT.to(self.backbone.device), lengths_B.to(self.backbone.device)
         valid_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths_B[:, None]
         hidden = self.backbone(tokens_BT, mode, None if valid_BT.all() else valid_BT)
         if self.pooling == "last":

@@ -63,6 +63,8 @@ class Transformer(Backbone):
         segment has at most `context` tokens.
         """
         assert memory is None or self.relative is not None
+        tokens_BT = tokens_BT.to(self.device)
+        valid_BT = None if valid_BT is None else valid_BT.to(self.device)
         length = tokens_BT.shape[1]
         x_BTD = self.embedding(tokens_BT) * math.sqrt(self.width)
         if self.positions is not None:
@@ -81,6 +83,7 @@ class Transformer(Backbone):
 
     def nats(self, state: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood (...) of each target (...) from its hidden state (..., D), zero where the target is -1."""
+        target = target.to(state.device)
         if self.adaptive is None:
             logits_NV = F.linear(state.flatten(0, -2), self.embedding.weight)
             return F.cross_entropy(logits_NV, target.flatten(), ignore_index=-1, reduction="none").view_as(target)

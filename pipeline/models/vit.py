@@ -64,7 +64,7 @@ class Vit(Backbone):
 
     def forward(self, pixels_BCHW: Tensor, mode: Mode) -> tuple[Tensor, Hidden]:
         """Scores (B, L) of images in [0, 1], and the hidden states, a class token first."""
-        x_BCHW = (pixels_BCHW - self.mean_C[:, None, None]) / self.deviation_C[:, None, None]
+        x_BCHW = (pixels_BCHW.to(self.device) - self.mean_C[:, None, None]) / self.deviation_C[:, None, None]
         x_BTD = self.embedding(x_BCHW).flatten(2).transpose(1, 2)
         if self.class_D is not None:
             x_BTD = torch.cat([self.class_D.expand(len(x_BTD), 1, -1), x_BTD], 1)

@@ -1,22 +1,22 @@
-"""E feed-forward experts of one shape, run as two grouped matrix products, and the one feed-forward of a dense model.
+"""E feed-forward experts of one shape, and the one feed-forward of a dense model.
 
-Shapes: A rows (assignments of tokens to experts), E experts, D width, H hidden width.
+Shapes: E experts, R rows of each, N tokens, D width, H hidden width.
 """
 
 import math
-from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Activation = Literal["gelu", "relu"]
+
 
 class Experts(nn.Module):
-    """FFN_e(x) = W2_e act(W1_e x + b1_e) + b2_e for e in 0..E-1."""
+    """FFN_e(x) = W2_e act(W1_e x + b1_e) + b2_e for e in 0..E-1. `dispatch.apply_experts` sends tokens to some of them."""
 
-    def __init__(
-        self, experts: int, width: int, hidden: int, dropout: float = 0.0, activation: Callable[[Tensor], Tensor] = F.gelu
-    ) -> None:
+    def __init__(self, experts: int, width: int, hidden: int, dropout: float = 0.0, activation: Activation = "gelu") -> None:
         super().__init__()
         self.count, self.dropout, self.activation = experts, dropout, activation
         self.w1_EDH = nn.Parameter(_uniform(experts, width, hidden, fan_in=width))
@@ -24,13 +24,10 @@ class Experts(nn.Module):
         self.w2_EHD = nn.Parameter(_uniform(experts, hidden, width, fan_in=hidden))
         self.b2_ED = nn.Parameter(torch.zeros(experts, width))
 
-    def forward(self, x_AD: Tensor, rows_E: Tensor, drop: bool = True) -> Tensor:
-        """Rows sorted by expert, with the number of rows of each expert; returns (A, D) in the same order."""
-        ends_E = rows_E.cumsum(0).to(torch.int32)
-        # A bias repeated by row counts: its backward is a segment sum, far cheaper on a CPU than that of a gather.
-        h_AH = F.grouped_mm(x_AD, self.w1_EDH, offs=ends_E) + self.b1_EH.repeat_interleave(rows_E, 0)
-        h_AH = F.dropout(self.activation(h_AH), self.dropout, self.training and drop)
-        return F.grouped_mm(h_AH, self.w2_EHD, offs=ends_E) + self.b2_ED.repeat_interleave(rows_E, 0)
+    def forward(self, x_ERD: Tensor) -> Tensor:
+        """The answers (E, R, D) of all experts, each to as many rows."""
+        h_ERH = getattr(F, self.activation)(torch.baddbmm(self.b1_EH[:, None], x_ERD, self.w1_EDH))
+        return torch.baddbmm(self.b2_ED[:, None], F.dropout(h_ERH, self.dropout, self.training), self.w2_EHD)
 
 
 class FeedForward(nn.Module):

@@ -19,7 +19,7 @@ from pipeline.moe.quantizers import QUANTIZERS
 from pipeline.moe.quantizers.base import Quantized
 from pipeline.moe.released import VQMoEReleased
 from pipeline.moe.routers import ROUTERS
-from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Routing, Settings, Sizes
+from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Routing, Settings, Sizes, exactly
 from pipeline.moe.routers.smoe import SMoE
 from pipeline.moe.softmoe import SoftMoE
 
@@ -35,10 +35,14 @@ class SparseMoE(nn.Module):
     def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None, length: int | None = None) -> LayerOutput:
         assert mode in self.modes, mode
         route = self.router.dense if mode == "dense" else self.router
-        routing = route(x_ND, id_N)
-        routing, y_NKD = self.router.settle(routing, apply_experts(self.experts, x_ND, routing.index_NK))
-        y_ND, scores_NE = combine(y_NKD, routing.weight_NK), routing.scores_NE.detach()
-        return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=scores_NE)
+        with exactly(x_ND):
+            routing = route(x_ND, id_N)
+        if routing.weight_NK is None:
+            routing, y_NKD = self.router.settle(routing, apply_experts(self.experts, x_ND, routing.index_NK))
+            y_ND = combine(y_NKD, routing.weight_NK)
+        else:
+            y_ND = apply_experts(self.experts, x_ND, routing.index_NK, routing.weight_NK)
+        return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=routing.scores_NE.detach())
 
     def assignment_parameters(self) -> list[nn.Parameter]:
         """What decides the assignment and still learns: the router, or a part of it."""
@@ -124,30 +128,27 @@ class VQMoE(nn.Module):
 
     def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None, length: int | None = None) -> LayerOutput:
         if mode == "router":
-            routing = self.router(x_ND, id_N)
-            y_NKD = apply_experts(self.experts, x_ND, routing.index_NK)
-            y_ND, scores_NE = combine(y_NKD, routing.weight_NK), routing.scores_NE.detach()
-            return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=scores_NE)
+            with exactly(x_ND):
+                routing = self.router(x_ND, id_N)
+            y_ND = apply_experts(self.experts, x_ND, routing.index_NK, routing.weight_NK)
+            return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=routing.scores_NE.detach())
         if mode == "both" and self.training and torch.rand(()) < self.settings.drop_routed:
             mode = "discrete"
-        quantized = self.quantizer(x_ND)
+        with exactly(x_ND):
+            quantized = self.quantizer(x_ND)
         coded = (quantized.code_N, quantized.error, None if quantized.scores_NC is None else quantized.scores_NC.detach())
         weights = {"codebook": self.settings.beta, "commitment": self.settings.beta * self.settings.commitment}
         losses = {name: Loss(value, weights[name]) for name, value in quantized.losses.items()}
         expert_N1 = (quantized.code_N % self.experts.count)[:, None]
         discrete_ND = self._discrete_input(x_ND, quantized)
         if mode == "discrete":
-            y_ND = _weighted(apply_experts(self.experts, discrete_ND, expert_N1).squeeze(1), quantized)
+            y_ND = apply_experts(self.experts, discrete_ND, expert_N1, _one(quantized))
             return LayerOutput(y_ND, losses, expert_N1, *coded)
-        by_distance = self.settings.combine == "distances"
-        routing = self._next_in_distance(quantized, expert_N1) if by_distance else self.router(x_ND, id_N)
+        with exactly(x_ND):
+            routing, weight_NK = self._both(x_ND, id_N, quantized, expert_N1)
         index_NK = torch.cat([routing.index_NK, expert_N1], 1)
         x_NKD = torch.cat([x_ND[:, None].expand(-1, self.settings.top_k, -1), discrete_ND[:, None]], 1)
-        y_NKD = apply_experts(self.experts, x_NKD, index_NK)
-        if by_distance:
-            y_ND = combine(y_NKD, routing.weight_NK)
-        else:
-            y_ND = self._combine(x_ND, combine(y_NKD[:, :-1], routing.weight_NK), _weighted(y_NKD[:, -1], quantized))
+        y_ND = apply_experts(self.experts, x_NKD, index_NK, weight_NK)
         return LayerOutput(y_ND, routing.losses | losses, index_NK, *coded)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
@@ -168,6 +169,18 @@ class VQMoE(nn.Module):
             return x_ND + quantized.embedding_ND
         return x_ND + nn.functional.embedding(quantized.code_N, self.code_embedding_CD)
 
+    def _both(self, x_ND: Tensor, id_N: Tensor | None, quantized: Quantized, expert_N1: Tensor) -> tuple[Routing, Tensor]:
+        """The routed path's answer, and weights of its experts and, in the last place, of the discrete one."""
+        if self.settings.combine == "distances":
+            routing = self._next_in_distance(quantized, expert_N1)
+            return routing, routing.weight_NK
+        routing = self.router(x_ND, id_N)
+        weight_NK = torch.cat([routing.weight_NK, _one(quantized)], 1)
+        if self.settings.combine == "gate":
+            gate_N2 = self.gate(x_ND).softmax(-1)
+            weight_NK = weight_NK * torch.cat([gate_N2[:, :1].expand_as(routing.weight_NK), gate_N2[:, 1:]], 1)
+        return routing, weight_NK
+
     def _next_in_distance(self, quantized: Quantized, expert_N1: Tensor) -> Routing:
         """The routed experts, and weights for these and, in the last place, for the discrete one.
 
@@ -180,15 +193,10 @@ class VQMoE(nn.Module):
         weight_NK = score_NE.gather(1, all_NK).softmax(-1)
         return Routing(index_NK, weight_NK, score_NE, {"balance": Loss(balance, self.settings.balance)})
 
-    def _combine(self, x_ND: Tensor, routed_ND: Tensor, discrete_ND: Tensor) -> Tensor:
-        if self.settings.combine == "sum":
-            return routed_ND + discrete_ND
-        gate_N2 = self.gate(x_ND).softmax(-1)
-        return gate_N2[:, :1] * routed_ND + gate_N2[:, 1:] * discrete_ND
 
-
-def _weighted(discrete_ND: Tensor, quantized: Quantized) -> Tensor:
-    return discrete_ND if quantized.weight_N1 is None else discrete_ND * quantized.weight_N1
+def _one(quantized: Quantized) -> Tensor:
+    """The weight of the discrete expert, 1, with its gradient where the variant has one (N, 1)."""
+    return torch.ones_like(quantized.value_ND[:, :1]) if quantized.weight_N1 is None else quantized.weight_N1
 
 
 # Methods that are more than a router.

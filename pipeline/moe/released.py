@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.moe.dispatch import apply_experts, combine
+from pipeline.moe.dispatch import apply_experts
 from pipeline.moe.experts import Experts
 from pipeline.moe.losses import codebook_loss, commitment_loss
 from pipeline.moe.quantizers.kmeans import distances
-from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Routing, Settings, Sizes
+from pipeline.moe.routers.base import LayerOutput, Loss, Mode, Router, Routing, Settings, Sizes, exactly
 
 
 class VQMoEReleased(nn.Module):
@@ -40,7 +40,7 @@ class VQMoEReleased(nn.Module):
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__()
         self.settings = settings
-        self.experts = Experts(sizes.experts, sizes.width, sizes.hidden, sizes.dropout, F.relu)
+        self.experts = Experts(sizes.experts, sizes.width, sizes.hidden, sizes.dropout, "relu")
         self.router = ConstantWeight(settings, sizes)
         self.quantizer = PlainCodebook(settings.codes, sizes.width)
         self.norm = nn.LayerNorm(sizes.width)
@@ -53,7 +53,8 @@ class VQMoEReleased(nn.Module):
         if mode == "router":
             routing, y_ND = self._routed(x_ND, id_N)
             return LayerOutput(y_ND, {}, routing.index_NK, None, scores=routing.scores_NE.detach())
-        scores_NC = self.quantizer(x_ND)
+        with exactly(x_ND):
+            scores_NC = self.quantizer(x_ND)
         code_N = scores_NC.argmax(1)
         value_ND = F.embedding(code_N, self.quantizer.codebook_CD)
         codebook = codebook_loss(x_ND=x_ND, value_ND=value_ND)
@@ -68,7 +69,8 @@ class VQMoEReleased(nn.Module):
         if mode == "discrete":
             return LayerOutput(discrete_ND, losses, expert_N1, *coded)
         routing, routed_ND = self._routed(x_ND, id_N)
-        gate_N2 = self.gate(x_ND).softmax(-1)
+        with exactly(x_ND):
+            gate_N2 = self.gate(x_ND).softmax(-1)
         y_ND = gate_N2[:, :1] * routed_ND + gate_N2[:, 1:] * discrete_ND
         return LayerOutput(y_ND, losses, torch.cat([routing.index_NK, expert_N1], 1), *coded)
 
@@ -81,8 +83,9 @@ class VQMoEReleased(nn.Module):
         self.quantizer.codebook_CD.requires_grad_(False)
 
     def _routed(self, x_ND: Tensor, id_N: Tensor | None) -> tuple[Routing, Tensor]:
-        routing = self.router(x_ND, id_N)
-        return routing, combine(apply_experts(self.experts, x_ND, routing.index_NK), routing.weight_NK)
+        with exactly(x_ND):
+            routing = self.router(x_ND, id_N)
+        return routing, apply_experts(self.experts, x_ND, routing.index_NK, routing.weight_NK)
 
 
 class ConstantWeight(Router):

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.moe.experts import Experts
-from pipeline.moe.routers.base import LayerOutput, Mode, Settings, Sizes
+from pipeline.moe.routers.base import LayerOutput, Mode, Settings, Sizes, exactly
 
 
 class SoftMoE(nn.Module):
@@ -39,12 +39,12 @@ class SoftMoE(nn.Module):
     def forward(self, x_ND: Tensor, mode: Mode, id_N: Tensor | None = None, length: int | None = None) -> LayerOutput:
         assert mode == "router" and length is not None, (mode, length)
         x_BTD, experts = x_ND.unflatten(0, (-1, length)), self.experts.count
-        scores_BTM = F.normalize(x_BTD, dim=-1) @ (self.scale * F.normalize(self.slot_MD, dim=-1)).T
+        with exactly(x_ND):
+            scores_BTM = F.normalize(x_BTD, dim=-1) @ (self.scale * F.normalize(self.slot_MD, dim=-1)).T
         given_BMD = scores_BTM.softmax(1).transpose(1, 2) @ x_BTD
         # The experts want their rows one expert after another.
         given_EBSD = given_BMD.unflatten(1, (experts, -1)).transpose(0, 1)
-        rows_E = torch.full((experts,), len(x_BTD) * self.slots, device=x_ND.device)
-        answer_EBSD = self.experts(given_EBSD.flatten(0, 2), rows_E).view_as(given_EBSD)
+        answer_EBSD = self.experts(given_EBSD.flatten(1, 2)).view_as(given_EBSD)
         weight_BTM = scores_BTM.softmax(2)
         y_BTD = weight_BTM @ answer_EBSD.transpose(0, 1).flatten(1, 2)
         weight_NE = weight_BTM.detach().flatten(0, 1).unflatten(1, (experts, -1)).sum(-1)

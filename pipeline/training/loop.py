@@ -52,6 +52,7 @@ def fit(
     fitted, best_weights = Fitted(), {}
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
+    unseen: dict[int, dict[str, Tensor]] = {}
     carried = {"model": model, "optimizer": _Moments(optimizer)} | carried
     carried |= {"objective": objective} if isinstance(objective, Stateful) else {}
     first = 1
@@ -68,23 +69,32 @@ def fit(
                 group["lr"] = rate
             model.train()
             loss, parts = objective(step)
-            values = {"loss": loss.item()} | {name: part.item() for name, part in parts.items()}
-            for name, value in values.items():
-                _check_finite(label, name, value, step)
-                sums[name] = sums.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + 1
+            unseen[step] = {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
-            if step % LOG_EVERY == 0 or step == training.steps:
+            last = step == training.steps
+            logs, validates = (last or step % every == 0 for every in (LOG_EVERY, training.validate_every))
+            saves = states is not None and (last or states.due(step))
+            # Reading a value from a GPU waits for all of its work: it is done for some steps at once.
+            if loss.device.type != "cpu" and not (logs or validates or saves):
+                continue
+            progress.advance(len(unseen))
+            for seen, values in _read(unseen):
+                for name, value in values.items():
+                    _check_finite(label, name, value, seen)
+                    sums[name] = sums.get(name, 0.0) + value
+                    counts[name] = counts.get(name, 0) + 1
+            unseen.clear()
+            if logs:
                 log(
                     {f"train/{name}": value for name, value in values.items()}
                     | {"train/learning_rate": rate, "train/gradient_norm": norm.item()},
                     step,
                 )
-            progress.advance(loss=values["loss"])
-            if step % training.validate_every == 0 or step == training.steps:
+            progress.advance(0, loss=values["loss"])
+            if validates:
                 model.eval()
                 valid = validate()
                 _check_finite(label, f"validation {score}", valid[score], step)
@@ -97,7 +107,7 @@ def fit(
                 if valid[score] < fitted.best.get(score, math.inf):
                     fitted.best_step, fitted.best = step, valid
                     best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            if states is not None and (states.due(step) or step == training.steps):
+            if saves:
                 state = {name: one.state_dict() for name, one in carried.items()} | {"random": random_state(), "step": step}
                 state |= {"fitted": asdict(fitted), "best_weights": best_weights, "sums": sums, "counts": counts}
                 states.save(step, state)
@@ -118,6 +128,12 @@ class _Moments:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         known = {int(place): moments for place, moments in state.items()}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": known})
+
+
+def _read(unseen: Mapping[int, Mapping[str, Tensor]]) -> list[tuple[int, dict[str, float]]]:
+    """Scalars of each step as numbers, waiting for a GPU once."""
+    numbers = iter(torch.stack([value.double() for values in unseen.values() for value in values.values()]).tolist())
+    return [(step, {name: next(numbers) for name in values}) for step, values in unseen.items()]
 
 
 def _check_finite(label: str, name: str, value: float, step: int) -> None:

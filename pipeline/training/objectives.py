@@ -50,7 +50,8 @@ class LanguageObjective:
         return {"memory": self._memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._memory = state["memory"]
+        memory = state["memory"]
+        self._memory = memory and [seen_BSD.to(self.model.device) for seen_BSD in memory]
 
 
 def classification_objective(
@@ -61,7 +62,7 @@ def classification_objective(
     def objective(step: int):
         ids, labels_B = example_batch(examples, batch, crop, seed, step)
         scores_BL, hidden = model(*padded(ids, pad), mode)
-        loss = F.cross_entropy(scores_BL, labels_B)
+        loss = F.cross_entropy(scores_BL, labels_B.to(scores_BL.device))
         return loss + hidden.auxiliary(), {"nats": loss} | hidden.losses()
 
     return objective
@@ -80,7 +81,7 @@ def image_objective(
             model.begin_step((step - 1) / steps)
         pixels_BCHW, labels_B = image_batch(images, settings.batch, seed, step, settings.pad, settings.flip)
         scores_BL, hidden = model(pixels_BCHW, mode)
-        loss = F.cross_entropy(scores_BL, labels_B, label_smoothing=settings.smoothing)
+        loss = F.cross_entropy(scores_BL, labels_B.to(scores_BL.device), label_smoothing=settings.smoothing)
         return loss + hidden.auxiliary(), {"nats": loss} | hidden.losses()
 
     return objective

@@ -47,10 +47,11 @@ class Scored(NamedTuple):
 
 
 class Problem(Protocol):
-    """`spec` describes the model, `unit` names the score that validation minimises."""
+    """`spec` describes the model, `unit` names the score that validation minimises, `device` is where models are put."""
 
     spec: Spec
     unit: str
+    device: str
 
     def fresh(self) -> nn.Module:
         """A model with weights from torch's generator."""
@@ -100,16 +101,17 @@ class Language:
     validate_tokens: int
     seed: int
     show_tokens: int = 0
+    device: str = "cpu"
 
     @property
     def unit(self) -> str:
         return self.tokenizer.unit
 
     def fresh(self) -> Transformer:
-        return build(self.spec)
+        return build(self.spec).to(self.device)
 
     def begin(self, folder: Path) -> Transformer:
-        return checkpoint.load(folder, self.spec)
+        return checkpoint.load(folder, self.spec).to(self.device)
 
     def backbone(self, model: Transformer) -> Transformer:
         return model
@@ -162,14 +164,15 @@ class Passages:
     crop: int
     seed: int
     unit: str = "nats"
+    device: str = "cpu"
 
     def fresh(self) -> Classifier:
-        return build(self.spec)
+        return build(self.spec).to(self.device)
 
     def begin(self, folder: Path) -> Classifier:
         model = build(self.spec)
         model.backbone.load_state_dict(checkpoint.load(folder, self.language).state_dict())
-        return model
+        return model.to(self.device)
 
     def backbone(self, model: Classifier) -> Transformer:
         return model.backbone
@@ -254,21 +257,22 @@ class Pictures:
     seed: int
     show_images: int = 0
     unit: str = "nats"
+    device: str = "cpu"
 
     def fresh(self) -> Vit:
         model = build(self.spec)
         model.normalise_by(*channel_statistics(self.images["train"]))
-        return model
+        return model.to(self.device)
 
     def begin(self, folder: Path) -> Vit:
         """With a new head, where the model there knows other labels."""
         labels = checkpoint.labels(folder)
         found = checkpoint.load(folder, self.spec.model_copy(update={"labels": labels}))
         if labels == self.spec.labels:
-            return found
+            return found.to(self.device)
         model = build(self.spec)
         model.load_backbone(found)
-        return model.eval()
+        return model.eval().to(self.device)
 
     def backbone(self, model: Vit) -> Vit:
         return model

@@ -75,7 +75,7 @@ def row_nats(
             segment_BT = batch_BT[:, first : first + step + 1]
             nats_BT, hidden = _token_nats(model, segment_BT, mode, past)
             past = hidden.memory(memory)
-            total_S[start : start + BATCH] += nats_BT.sum(1, dtype=torch.float64)
+            total_S[start : start + BATCH] += nats_BT.cpu().sum(1, dtype=torch.float64)
             count_S[start : start + BATCH] += (segment_BT[:, 1:] >= 0).sum(1)
             if watch is not None:
                 watch(hidden)
@@ -97,7 +97,7 @@ def classify(model: Classifier, ids: Sequence[np.ndarray], pad: int, mode: Mode,
     for start in range(0, len(ids), BATCH):
         tokens_BT, lengths_B = padded(ids[start : start + BATCH], pad)
         batch, hidden = model(tokens_BT, lengths_B, mode)
-        scores.append(batch)
+        scores.append(batch.float().cpu())
         if watch is not None:
             watch(hidden)
     return torch.cat(scores)
@@ -109,7 +109,7 @@ def classify_images(model: Vit, pixels_NCHW: np.ndarray, mode: Mode, watch: Watc
     scores = []
     for start in range(0, len(pixels_NCHW), IMAGES):
         batch, hidden = model(torch.from_numpy(np.array(pixels_NCHW[start : start + IMAGES])) / 255, mode)
-        scores.append(batch)
+        scores.append(batch.float().cpu())
         if watch is not None:
             watch(hidden)
     return torch.cat(scores)
@@ -134,9 +134,10 @@ class RoutingTally:
         self._index: list[list[Tensor]] = [[] for _ in model.moe_layers]
 
     def __call__(self, hidden: Hidden) -> None:
-        tokens = len(hidden.layers[0].index_NK)
+        outputs = [output.cpu() for output in hidden.layers]
+        tokens = len(outputs[0].index_NK)
         self._tokens += tokens
-        for layer, output in enumerate(hidden.layers):
+        for layer, output in enumerate(outputs):
             experts = len(self._expert[layer])
             self._expert[layer] += stats.counts(output.index_NK, experts)
             if output.code_N is not None:

@@ -6,6 +6,7 @@ Shapes: N tokens, D width, E experts, K experts per token, C codes.
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -23,10 +24,13 @@ class Loss(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """A router's answer for N tokens: which K of E experts (-1: none), with what weight, from which scores."""
+    """A router's answer for N tokens: which K of E experts (-1: none), with what weight, from which scores.
+
+    Without weights the router wants to see the experts' answers first, and `settle`.
+    """
 
     index_NK: Tensor
-    weight_NK: Tensor
+    weight_NK: Tensor | None
     scores_NE: Tensor
     losses: dict[str, Loss]
 
@@ -45,6 +49,11 @@ class LayerOutput(NamedTuple):
     code_N: Tensor | None
     code_error: Tensor | None = None
     scores: Tensor | None = None
+
+    def cpu(self) -> "LayerOutput":
+        """What measures are taken of, on the CPU: the choice, the codes and the scores."""
+        kept = {name: value.cpu() for name, value in self._asdict().items() if isinstance(value, Tensor) and name != "y_ND"}
+        return self._replace(**kept)
 
 
 class Sizes(NamedTuple):
@@ -79,6 +88,11 @@ class Settings(BaseModel):
             raise ValueError(f"top_k is {top_k}: at most model.experts ({experts})")
 
 
+def exactly(x_ND: Tensor) -> torch.autocast:
+    """Within this, choices among experts and codes are made in the precision of x even where experts compute in bfloat16."""
+    return torch.autocast(x_ND.device.type, enabled=False)
+
+
 class Router(nn.Module):
     """Base of all routers; built as `Router(settings, sizes)`."""
 
@@ -93,8 +107,8 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def settle(self, routing: Routing, y_NKD: Tensor) -> tuple[Routing, Tensor]:
-        """Last word of the router once its experts have answered; both come back with the experts that count."""
-        return routing, y_NKD
+        """Last word of a router that gave no weights, on the experts' answers; both come back with the experts that count."""
+        raise NotImplementedError
 
     @staticmethod
     def begin_step(routers: Sequence["Router"], done: float) -> None:

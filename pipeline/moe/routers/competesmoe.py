@@ -38,13 +38,11 @@ class CompeteSMoE(Router):
         scores_NE = self.scores(x_ND)
         if self.training and self.competing:
             every_NE = torch.arange(scores_NE.shape[1], device=x_ND.device).expand_as(scores_NE)
-            return Routing(every_NE, scores_NE, scores_NE, {})
+            return Routing(every_NE, None, scores_NE, {})
         index_NK, weight_NK, probs_NE = top_k(scores_NE, self.settings.top_k)
         return Routing(index_NK, weight_NK, scores_NE, self._balance(probs_NE, index_NK))
 
     def settle(self, routing: Routing, y_NKD: Tensor) -> tuple[Routing, Tensor]:
-        if not (self.training and self.competing):
-            return routing, y_NKD
         self.competing = False
         affinity_NE = F.softplus(y_NKD).mean(-1)
         index_NK, weight_NK, probs_NE = top_k(affinity_NE, self.settings.top_k)

@@ -1,5 +1,6 @@
 import torch
 
+from pipeline.models.flops import count_flops
 from tests.moe import reference
 from tests.moe.compare import CASE, WIDTH, assert_matches, over_cases
 
@@ -29,13 +30,12 @@ def test_a_competition_is_for_one_training_step():
     assert torch.equal(made(x_ND, "router").y_ND, plain.y_ND)
 
 
-def test_experts_answer_once(monkeypatch):
+def test_experts_answer_once():
     made = CASE.layer("competesmoe").train()
     made.router.competing = True
-    rows = []
-    made.experts.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    made(torch.randn(12, WIDTH), "router")
-    assert rows == [12 * 4]
+    scores, answers = 2 * 12 * WIDTH * 4, 2 * 12 * 4 * 2 * WIDTH * 8
+    combination = 2 * 12 * CASE.top_k * WIDTH
+    assert count_flops(lambda: made(torch.randn(12, WIDTH), "router")) == scores + answers + combination
 
 
 def test_the_router_learns_who_wins():
