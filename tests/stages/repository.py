@@ -40,7 +40,7 @@ def set_params(root, *overrides):
 
 
 def start(root, *command, **environment):
-    """A command of this installation in the repository, as a process with one thread; what it prints is one text."""
+    """A command of this installation in the repository, as a process group with one thread each; what it prints is one text."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         command,
@@ -49,4 +49,5 @@ def start(root, *command, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )

@@ -100,21 +100,21 @@ def test_one_at_a_time_in_a_repository(dvc, tmp_path):
     assert not (tmp_path / "told").exists()
 
 
-# As dvc does it: its stage gets the interrupt, and it waits for it. A stage that is not interrupted ends with its dvc.
+# As dvc does it: an interrupt is for its stage, which it waits for. A stage that is not interrupted ends with its dvc.
 WAITING = """
 import os, signal, subprocess, sys
 if sys.argv[1:] == ["prepare"]:
     sys.exit()
-signal.signal(signal.SIGINT, signal.SIG_IGN)
 stage = '''
-import os, signal, sys, time
+import os, time
 from stages.orphan import stop_with_dvc
-signal.signal(signal.SIGINT, signal.default_int_handler)
 stop_with_dvc()
 open(f"stage-{os.getpid()}", "w").close()
 time.sleep(60)
 '''
-subprocess.run([sys.executable, "-c", stage], env=os.environ | {"DVC_STAGE": "s"})
+process = subprocess.Popen([sys.executable, "-c", stage], env=os.environ | {"DVC_STAGE": "s"})
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+process.wait()
 """
 
 
@@ -129,11 +129,16 @@ grid.REPRO = (sys.executable, {str(dvc)!r})
 grid.grid(N(grid=N(methods=("vqmoe", "smoe", "xmoe"), seeds=(0,)), data=N(tasks={{}})), grid.Path.cwd(), 2)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.DEVNULL,
+        # A shell starts what runs in the background so.
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if stop == signal.SIGTERM else None,
     )
     until(lambda: len(list(tmp_path.glob("stage-*"))) == 2)
     process.send_signal(stop)
-    process.wait()
+    process.wait(30)
     pids = [path.name.removeprefix("stage-") for path in tmp_path.glob("stage-*")]
     assert len(pids) == 2
     if stop == signal.SIGKILL:
