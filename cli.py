@@ -149,15 +149,16 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
     click.echo(f"Models and results: {out}")
 
 
-@main.command(help="Do as `dvc repro` does, several cells of the grid (a method and a seed) at a time.")
+@main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")
+@click.argument("cells", nargs=-1)
 @click.option(
     "--jobs", required=True, type=click.IntRange(1), help="Cells at a time. OMP_NUM_THREADS is CPUs / jobs, unless set."
 )
-def grid(jobs: int) -> None:
+def grid(jobs: int, cells: tuple[str, ...]) -> None:
     from stages.grid import grid as run_grid
     from stages.paths import Paths
 
-    run_grid(_load(None, ()), Paths.here().root, jobs)
+    run_grid(_load(None, ()), Paths.here().root, jobs, cells)
 
 
 @main.command(help="Run again what a run was made from, in a clean work tree; compare metrics and weights, then and now.")

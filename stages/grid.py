@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline import tracking
-from pipeline.errors import Failure
+from pipeline.errors import Failure, UsageError
 from stages.paths import GRID_STAGES, Cell, cells
 
 # A dvc that finds another at its bookkeeping waits; it would give up what it has just trained after 3 s.
@@ -23,10 +23,11 @@ PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
-def grid(params: Any, root: Path, jobs: int) -> None:
+def grid(params: Any, root: Path, jobs: int, chosen: Sequence[str] = ()) -> None:
     """Reproduce the experiment in `root`, `jobs` cells (a method and a seed) at a time; what all share, or is timed, alone.
 
-    Raises Failure if cells fail, once the others are done, or if another process is at it.
+    If cells are `chosen`, by names like vqmoe-s0, reproduce these alone. Raises UsageError if there is no such cell, Failure if
+    cells fail, once the others are done, or if another process is at it.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads}
@@ -36,6 +37,10 @@ def grid(params: Any, root: Path, jobs: int) -> None:
         for method in params.grid.methods
         for seed in params.grid.seeds
     }
+    for name in chosen:
+        if name not in commands:
+            raise UsageError(f"there is no cell '{name}' in the grid; there are: {', '.join(commands)}")
+    commands = {name: commands[name] for name in chosen or commands}
     (root / LOGS).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / LOGS / ".lock", timeout=0), tracking.terminable():
@@ -44,7 +49,8 @@ def grid(params: Any, root: Path, jobs: int) -> None:
             if failed := _run(commands, jobs, root, environment, logs=True):
                 said = f"{len(failed)} of {len(commands)} cells failed: {', '.join(failed)}"
                 raise Failure(f"{said}; mend what their logs name, then run it again: it goes on from here")
-            _alone([], root, environment)
+            if not chosen:
+                _alone([], root, environment)
     except Timeout:
         raise Failure(f"{root}: another `vqmoe grid` is at work here; wait for it, or stop it") from None
 

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from pipeline import config
-from pipeline.errors import Failure
+from pipeline.errors import Failure, UsageError
 from pipeline.files import digest
 from pipeline.moe.layer import SETTINGS
 from stages import grid
@@ -79,6 +79,14 @@ def test_threads_that_are_set_are_kept(dvc, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     grid.grid(PARAMS, tmp_path, 2)
     assert told(tmp_path)[2] == {"7"}
+
+
+def test_chosen_cells_run_alone(dvc, tmp_path):
+    grid.grid(PARAMS, tmp_path, 2, ("smoe-s1", "vqmoe-s0"))
+    calls, _, _ = told(tmp_path)
+    assert sorted(call[1] for call in calls[1:]) == ["pretrain@smoe-1", "pretrain@vqmoe-0"]
+    with pytest.raises(UsageError, match="no cell 'smoe-s2' in the grid; there are: vqmoe-s0, vqmoe-s1, smoe-s0, smoe-s1"):
+        grid.grid(PARAMS, tmp_path, 2, ("smoe-s2",))
 
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(dvc, tmp_path, capfd):

@@ -12,8 +12,10 @@ import urllib.request
 import pytest
 
 from pipeline import tracking
+from pipeline.files import read_json
 from pipeline.tracking import run as run_module
 from pipeline.tracking import store
+from tests.stages import repository
 from tests.tracking.conftest import DEAD, Server, fill, runs, steps, told, until
 
 DELAY = 0.25
@@ -132,6 +134,39 @@ def test_a_slow_server_does_not_slow_the_run(tmp_path, slow_server, monkeypatch)
         assert time.monotonic() - started < DELAY
     assert slow_server.requests > 8
     assert steps(store.connect(tmp_path), run.id, "a") == list(range(500))
+
+
+def test_machines_that_share_cache_and_server_train_each_cell_once(tmp_path, mlflow_server):
+    """Clones stand for them; they share no lock, no .dvc/tmp, no .mlflow."""
+    origin, cache = repository.make(tmp_path / "origin"), tmp_path / "cache"
+    cells, made = ("vqmoe", "smoe"), {}
+
+    def machine(name):
+        root = tmp_path / name
+        repository.git(tmp_path, "clone", str(origin), str(root))
+        shutil.copytree(origin / "data", root / "data")
+        dvc(root, "cache", "dir", "--local", str(cache))
+        return root
+
+    def dvc(root, *arguments):
+        process = repository.start(root, "dvc", *arguments, MLFLOW_TRACKING_URI=mlflow_server.address)
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+        return printed
+
+    for cell in cells:
+        dvc(root := machine(cell), "repro", f"pretrain@{cell}-0")
+        made[cell] = root / f"results/pretrain/{cell}-s0.json"
+    last = machine("last")
+    assert "Running stage" not in dvc(last, "repro", *(f"pretrain@{cell}-0" for cell in cells))
+    for cell, result in made.items():
+        assert (last / f"results/pretrain/{cell}-s0.json").read_bytes() == result.read_bytes()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(mlflow_server.address)
+    assert len(runs(client, "vqmoe/prepare")) == 1
+    recorded = {run.info.run_name: run.info.run_id for run in runs(client, "vqmoe/pretrain")}
+    assert recorded == {f"{cell}-s0": read_json(result, "")["run_id"] for cell, result in made.items()}
 
 
 SECRETS = ("pass%2Fword-1", "pass/word-1", "word-2", "token-3")
