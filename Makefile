@@ -1,10 +1,11 @@
 PYTHON ?= python3
+JOBS = 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: repro setup test lint
 
-repro: setup  ## set up, then run the whole pipeline
-	dvc repro
+repro: setup  ## set up, then run the whole pipeline, JOBS cells of the grid at a time
+	$(if $(filter 1,$(JOBS)),dvc repro,vqmoe grid --jobs $(JOBS))
 
 setup: .venv/installed  ## install into .venv
 

@@ -10,6 +10,7 @@ HELP = """Compare routing methods for sparse mixtures of experts, reproducibly.
 \b
 Workflow:
   dvc repro                         all stages for every method and seed of params.yaml
+  vqmoe grid --jobs 4               the same, four methods or seeds at a time
   vqmoe compare                     the claims and the main table again, in the terminal
   vqmoe ui                          compare the runs in MLflow
   vqmoe reproduce RUN_ID            run again what a run was made from, and compare
@@ -146,6 +147,18 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
     out = here.root / "runs" / f"{cell.name}-{fingerprint(sections)[:8]}"
     train_cell(params, Paths(here.root, out), cell)
     click.echo(f"Models and results: {out}")
+
+
+@main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")
+@click.argument("cells", nargs=-1)
+@click.option(
+    "--jobs", required=True, type=click.IntRange(1), help="Cells at a time. OMP_NUM_THREADS is CPUs / jobs, unless set."
+)
+def grid(jobs: int, cells: tuple[str, ...]) -> None:
+    from stages.grid import grid as run_grid
+    from stages.paths import Paths
+
+    run_grid(_load(None, ()), Paths.here().root, jobs, cells)
 
 
 @main.command(help="Run again what a run was made from, in a clean work tree; compare metrics and weights, then and now.")

@@ -1,5 +1,6 @@
 """Run one stage: hand it the params it declares, record the run, write its small result."""
 
+import fcntl
 import importlib
 import resource
 import time
@@ -28,6 +29,7 @@ DATASETS = {
     "compute": [("train", "training")],
     "report": [],
 }
+LOCK_SECONDS = 5.0
 
 
 def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         run.upstream(_upstream_runs(stage, params, paths, cell))
         run.text(dump(params), "params.yaml")
         if (lock := paths.root / "dvc.lock").exists():
-            run.artifact(lock)
+            run.text(_whole(lock), lock.name)
         if stage != "prepare":
             profile = _manifest(params.data, paths, inputs)
             for file, context in DATASETS[stage]:
@@ -82,6 +84,19 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         if cell and (paths.output(stage, cell) / "model.safetensors").exists():
             run.model(paths.output(stage, cell), name=f"{stage}-{name}", metrics=_numbers(metrics))
     return result
+
+
+def _whole(lock: Path) -> str:
+    """What dvc.lock holds. Dvc writes it in place, and one beside the dvc that runs this stage may be at it, if not for long."""
+    guard, until = lock.parent / ".dvc/tmp/lock", time.monotonic() + LOCK_SECONDS
+    with guard.open() if guard.exists() else nullcontext() as held:
+        while held and time.monotonic() < until:
+            try:
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        return lock.read_text(encoding="utf-8")
 
 
 @contextmanager

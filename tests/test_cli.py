@@ -231,6 +231,12 @@ def test_usage_errors(vqmoe, arguments, code, parts):
     assert_one_line(vqmoe(*arguments), code, *parts)
 
 
+def test_a_cell_that_is_not_in_the_grid(vqmoe, workspace):
+    result = vqmoe("grid", "--jobs", "2", "vqmoe-s1", tiny=False)
+    assert_one_line(result, 2, "there is no cell 'vqmoe-s1' in the grid; there are: vqmoe-s0, smoe-s0")
+    assert not (workspace / "outputs").exists()
+
+
 def test_unknown_options_and_commands_are_clicks_own(vqmoe):
     assert vqmoe("pretrain", "--learning-rate", "1").exit_code == 2
     assert vqmoe("no-such-stage", tiny=False).exit_code == 2

@@ -54,11 +54,12 @@ def diff(root: Path) -> str:
     for size, name in sorted(_new_files(root)):
         room -= size
         (new if room >= 0 else left_out).append(name)
-    # Git shows new files once the index has their names; a copy of the index, for the user's own is not to be touched.
+    # Git shows new files once the index has their names; a copy of the index, for the user's own is not to be touched. It keeps
+    # its time: files as old as the index may have changed since, and only their content tells.
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index"
         try:
-            shutil.copy(root / git(root, "rev-parse", "--git-path", "index").strip(), index)
+            shutil.copy2(root / git(root, "rev-parse", "--git-path", "index").strip(), index)
         except OSError:
             return ""
         names = ("--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")

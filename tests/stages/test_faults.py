@@ -1,9 +1,14 @@
 """What machines do to a run: one line, and whatever was good before is still there."""
 
+import fcntl
+import json
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +19,8 @@ from pipeline.moe.layer import SETTINGS
 from stages.execute import execute
 from stages.paths import Cell, Paths
 from tests.conftest import REPOSITORY
+from tests.stages import repository
+from tests.tracking.conftest import DEAD, until
 
 CELL = Cell("vqmoe", 0)
 
@@ -68,3 +75,47 @@ def test_a_disk_that_is_full(pretrained, tiny_overrides):
     assert sum("a state of the training cannot be kept" in line for line in lines) == 1
     assert "outputs/pretrain/vqmoe-s0: cannot be written (File too large); free space" in lines[-1]
     assert left(paths) == before
+
+
+def test_a_second_dvc_repro_is_refused_and_the_first_ends_well(tmp_path):
+    root = repository.make(tmp_path / "repository", "pretrain.steps=300", "pretrain.validate_every=300")
+    first = repository.start(root, "dvc", "repro", "pretrain@smoe-0", MLFLOW_TRACKING_URI=DEAD)
+    until(lambda: list(root.glob(".resume/pretrain-*/*.safetensors")))
+    os.killpg(first.pid, signal.SIGSTOP)
+    second = repository.start(root, "dvc", "repro")
+    said, _ = second.communicate()
+    os.killpg(first.pid, signal.SIGCONT)
+    (line,) = [line for line in said.splitlines() if line.startswith("ERROR: ")]
+    assert re.fullmatch(f"ERROR: failed to reproduce 'prepare': '{root}/.*' is busy, it is being blocked by:", line)
+    assert f"(PID {first.pid}): " in said
+    assert (second.returncode, "Running stage" in said) == (255, False)
+    said, _ = first.communicate()
+    assert first.returncode == 0, said
+    again, _ = repository.start(root, "dvc", "repro", "pretrain@smoe-0").communicate()
+    assert "Data and pipelines are up to date." in again
+
+
+def test_a_lock_file_that_another_dvc_is_writing_is_recorded_whole(tiny_overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    lock, guard = tmp_path / "dvc.lock", tmp_path / ".dvc/tmp/lock"
+    guard.parent.mkdir(parents=True)
+    lock.write_text("ha")
+    writer = guard.open("w")
+    fcntl.flock(writer, fcntl.LOCK_EX)
+
+    def flock(reader, how):
+        try:
+            fcntl.flock(reader, how)
+        except BlockingIOError:
+            lock.write_text("half")
+            writer.close()
+            raise
+
+    monkeypatch.setattr("stages.execute.fcntl", SimpleNamespace(flock=flock, LOCK_SH=fcntl.LOCK_SH, LOCK_NB=fcntl.LOCK_NB))
+    params = config.load(REPOSITORY / "params.yaml", SETTINGS, tiny_overrides)
+    execute("prepare", params, Paths(tmp_path, tmp_path))
+    # What dvc writes next into the same file is another run's.
+    lock.write_text("other")
+    (journal,) = (tmp_path / ".mlflow/spool").glob("*.jsonl")
+    operations = map(json.loads, journal.read_text().splitlines())
+    assert [one["text"] for one in operations if one.get("name") == "dvc.lock"] == ["half"]

@@ -15,32 +15,14 @@ from pipeline.moe.layer import SETTINGS
 from pipeline.tracking import store
 from stages import reproduce
 from stages.paths import Cell
-from tests.conftest import REPOSITORY, TINY, write_corpus, write_task
-
-CODE = ("cli.py", "pipeline", "stages", "dvc.yaml", ".gitignore")
-QUICK = ("model.layers=1", "robustness.kinds=[swap]", "robustness.rates=[0.1]", "finetune.scratch=false")
-DATA = ("data.corpus=data/corpus", "data.tasks={toy: data/task.csv}", "data.shifts={}")
-
-
-def git(root, *arguments):
-    command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
-    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+from tests.conftest import write_corpus
+from tests.stages.repository import git, make
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A repository with code and params committed, data that git does not know, and runs of prepare and pretrain."""
-    root = tmp_path_factory.mktemp("reproduce") / "repository"
-    for name in git(REPOSITORY, "ls-files", "-co", "--exclude-standard", "--", *CODE).splitlines():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / name, root / name)
-    params = config.load(REPOSITORY / "params.yaml", SETTINGS, (*TINY, *QUICK, *DATA))
-    (root / "params.yaml").write_text(config.dump(params))
-    git(root, "init")
-    git(root, "add", ".")
-    git(root, "commit", "-m", "first")
-    write_corpus(root / "data/corpus")
-    write_task(root / "data/task.csv")
+    root = make(tmp_path_factory.mktemp("reproduce") / "repository")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for arguments in (["prepare"], ["pretrain", "-S", "pretrain.steps=7"]):

@@ -1,13 +1,16 @@
 """Runs on an embedded store that is there already, since to make one takes seconds, and real MLflow servers."""
 
 import os
+import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
+import tempfile
 import time
 import urllib.request
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +114,53 @@ def mlflow_server(tmp_path_factory, database):
     yield server
     if server.process.poll() is None:
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """Address of an empty database of a PostgreSQL that runs as long as the tests do."""
+    driver = pytest.importorskip("psycopg2", reason="there is no driver: pip install psycopg2-binary")
+    # Debian leaves them out of the path.
+    folders = [*os.environ["PATH"].split(":"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)]
+    initdb, postgres = (shutil.which(name, path=":".join(folders)) for name in ("initdb", "postgres"))
+    if not (initdb and postgres):
+        pytest.skip("PostgreSQL is not installed")
+    folder, port = tempfile.mkdtemp(prefix="vqmoe-postgresql-"), free_port()
+    # It refuses to run as root.
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    if user:
+        shutil.chown(folder, **user)
+    usual = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | user
+    options = ["--username=vqmoe", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
+    subprocess.run([initdb, f"--pgdata={folder}/data", *options], check=True, **usual)
+    process = subprocess.Popen(
+        [postgres, "-D", f"{folder}/data", "-F", "-h", "127.0.0.1", "-p", str(port), "-k", folder], **usual
+    )
+    address = f"postgresql://vqmoe@127.0.0.1:{port}/postgres"
+
+    def answers():
+        try:
+            driver.connect(address).close()
+        except driver.OperationalError:
+            return False
+        return True
+
+    until(answers)
+    # Versions of SQLAlchemy differ in the driver that they take for `postgresql:`.
+    yield f"postgresql+psycopg2://vqmoe@127.0.0.1:{port}/postgres"
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def postgresql_server(tmp_path_factory, postgresql):
+    """An MLflow server that records in PostgreSQL."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", postgresql)
+        server = Server(tmp_path_factory.mktemp("postgresql"))
+    yield server
+    server.kill()
 
 
 def stored(root, run_id):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 
 import pytest
@@ -44,6 +45,18 @@ def test_the_diff_makes_the_same_files_whatever_they_hold_and_leaves_the_index_a
     files = {path.name: path.read_bytes() for path in repository.iterdir() if path.is_file() and path.suffix != ".tmp"}
     assert _applied(repository) == files
     assert _git(repository, "status", "--porcelain") == before
+
+
+def test_a_change_in_the_second_of_the_commit_is_seen(repository):
+    _git(repository, "config", "core.trustctime", "false")
+    file, index = repository / "a.txt", repository / ".git/index"
+    file.write_text("1\n")
+    os.utime(file, (1e9, 1e9))
+    _git(repository, "commit", "--all", "-m", "second")
+    os.utime(index, (1e9, 1e9))
+    file.write_text("2\n")
+    os.utime(file, (1e9, 1e9))
+    assert "\n-1\n" in lineage.diff(repository)
 
 
 def test_data_and_what_stages_write_are_no_changes_of_the_source(repository):

@@ -4,6 +4,7 @@ import http.server
 import json
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -12,8 +13,11 @@ import urllib.request
 import pytest
 
 from pipeline import tracking
+from pipeline.files import read_json
 from pipeline.tracking import run as run_module
 from pipeline.tracking import store
+from tests.conftest import REPOSITORY
+from tests.stages import repository
 from tests.tracking.conftest import DEAD, Server, fill, runs, steps, told, until
 
 DELAY = 0.25
@@ -83,11 +87,16 @@ def test_a_server_that_is_killed_mid_run_and_comes_back_has_each_step_once(root,
         server.kill()
 
 
-def test_what_a_server_is_sent_again_stands_there_once(tmp_path, mlflow_server, monkeypatch):
+@pytest.fixture(params=["mlflow_server", "postgresql_server"])
+def either_server(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_what_a_server_is_sent_again_stands_there_once(tmp_path, either_server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
     with tracking.start(tmp_path, key="k", resumed=False, experiment="again", stage="s", name="n", params={"x": 1}) as run:
         fill(run, tmp_path / "model")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.address)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", either_server.address)
     spool, kept = tmp_path / ".mlflow/spool", tmp_path / "kept"
     shutil.copytree(spool, kept)
     tracking.sync(tmp_path)
@@ -102,6 +111,31 @@ def test_what_a_server_is_sent_again_stands_there_once(tmp_path, mlflow_server, 
     tracking.sync(tmp_path)
     assert [one.info.run_id for one in runs(client, "again/s")] == [found.info.run_id]
     assert told(client, found.info.run_id) == once
+
+
+def test_eight_processes_record_through_a_server_to_postgresql_at_once(tmp_path, postgresql_server, monkeypatch):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom pipeline import tracking\nfrom tests.tracking.conftest import fill\n"
+        "root, key = Path(sys.argv[1]), sys.argv[2]\n"
+        "with tracking.start(root, key=key, resumed=False, experiment='eight', stage='s', name=key, params={'x': key}) as run:\n"
+        "    fill(run, root / key, range(1, 501))\n"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", postgresql_server.address)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        for i in range(8)
+    ]
+    problems = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, problems
+    assert not [text for text in problems if "cannot record" in text]
+    tracking.sync(tmp_path)
+    client = store.connect(tmp_path)
+    found = {run.info.run_name: told(client, run.info.run_id) for run in runs(client, "eight/s")}
+    assert found.keys() == {str(i) for i in range(8)} and len(runs(client, "eight/s")) == 8
+    for name, run in found.items():
+        assert (run["info"][0], run["params"], run["artifacts"]) == ("FINISHED", {"x": name}, ["table.csv"])
+        assert [point[0] for point in run["points"]["train/loss"]] == list(range(1, 501))
+        assert [model[:2] for model in run["models"]] == [("pretrain-vqmoe-s0", "READY")]
 
 
 @pytest.mark.parametrize("through", ["database", "server"])
@@ -132,6 +166,39 @@ def test_a_slow_server_does_not_slow_the_run(tmp_path, slow_server, monkeypatch)
         assert time.monotonic() - started < DELAY
     assert slow_server.requests > 8
     assert steps(store.connect(tmp_path), run.id, "a") == list(range(500))
+
+
+def test_machines_that_share_cache_and_server_train_each_cell_once(tmp_path, mlflow_server):
+    """Clones stand for them; they share no lock, no .dvc/tmp, no .mlflow."""
+    origin, cache = repository.make(tmp_path / "origin"), tmp_path / "cache"
+    cells, made = ("vqmoe", "smoe"), {}
+
+    def machine(name):
+        root = tmp_path / name
+        repository.git(tmp_path, "clone", str(origin), str(root))
+        shutil.copytree(origin / "data", root / "data")
+        dvc(root, "cache", "dir", "--local", str(cache))
+        return root
+
+    def dvc(root, *arguments):
+        process = repository.start(root, "dvc", *arguments, MLFLOW_TRACKING_URI=mlflow_server.address)
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+        return printed
+
+    for cell in cells:
+        dvc(root := machine(cell), "repro", f"pretrain@{cell}-0")
+        made[cell] = root / f"results/pretrain/{cell}-s0.json"
+    last = machine("last")
+    assert "Running stage" not in dvc(last, "repro", *(f"pretrain@{cell}-0" for cell in cells))
+    for cell, result in made.items():
+        assert (last / f"results/pretrain/{cell}-s0.json").read_bytes() == result.read_bytes()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(mlflow_server.address)
+    assert len(runs(client, "vqmoe/prepare")) == 1
+    recorded = {run.info.run_name: run.info.run_id for run in runs(client, "vqmoe/pretrain")}
+    assert recorded == {f"{cell}-s0": read_json(result, "")["run_id"] for cell, result in made.items()}
 
 
 SECRETS = ("pass%2Fword-1", "pass/word-1", "word-2", "token-3")
