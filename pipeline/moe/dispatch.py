@@ -8,8 +8,9 @@ Shapes: N tokens, K experts per token, A = N K assignments, R of them that have 
 E experts.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
+from itertools import chain, repeat
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,29 @@ _DERIVATIVES = {
 }
 
 
-def apply_experts(experts: Experts, x: Tensor, index_NK: Tensor, weight_NK: Tensor | None = None, *, drop: bool = True) -> Tensor:
+class Shift(NamedTuple):
+    """What the last expert of each token reads is not x but x + table[code]."""
+
+    table_CD: Tensor
+    code_N: Tensor
+
+
+def apply_experts(
+    experts: Experts,
+    x: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor | None = None,
+    *,
+    shift: Shift | None = None,
+    drop: bool = True,
+) -> Tensor:
     """sum_k w[n, k] FFN_{index[n, k]}(x[n]) (N, D) for x of shape (N, D), or of x[n, k] for x of shape (N, K, D).
 
     Without weights the answers themselves (N, K, D). An index of -1 is no expert: zeros. Without `drop` the experts leave out
-    their dropout.
+    their dropout. A `shift` is for x of shape (N, D).
     """
     dropout = experts.dropout if experts.training and drop else 0.0
-    return (each_expert if x.device.type == "cpu" else grouped)(experts, x, index_NK, weight_NK, dropout)
+    return (each_expert if x.device.type == "cpu" else grouped)(experts, x, index_NK, weight_NK, dropout, shift)
 
 
 def combine(y_NKD: Tensor, weight_NK: Tensor) -> Tensor:
@@ -38,12 +54,15 @@ def combine(y_NKD: Tensor, weight_NK: Tensor) -> Tensor:
     return (weight_NK[:, None] @ y_NKD).squeeze(1)
 
 
-def each_expert(experts: Experts, x: Tensor, index_NK: Tensor, weight_NK: Tensor | None, dropout: float) -> Tensor:
+def each_expert(
+    experts: Experts, x: Tensor, index_NK: Tensor, weight_NK: Tensor | None, dropout: float, shift: Shift | None = None
+) -> Tensor:
     """`apply_experts` one expert after another: the fastest way on a few cores, and the one with the least memory."""
     parameters = experts.w1_EDH, experts.b1_EH, experts.w2_EHD, experts.b2_ED
-    inputs = x.reshape(-1, x.shape[-1]), *parameters, weight_NK
+    table_CD, code_N = shift or (None, None)
+    inputs = x.reshape(-1, x.shape[-1]), *parameters, weight_NK, table_CD
     learns = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
-    return _EachExpert.apply(*inputs, index_NK, dropout, experts.activation, learns)
+    return _EachExpert.apply(*inputs, code_N, index_NK, dropout, experts.activation, learns)
 
 
 class _EachExpert(torch.autograd.Function):
@@ -56,79 +75,112 @@ class _EachExpert(torch.autograd.Function):
         w2_EHD: Tensor,
         b2_ED: Tensor,
         weight_NK: Tensor | None,
+        table_CD: Tensor | None,
+        code_N: Tensor | None,
         index_NK: Tensor,
         dropout: float,
         activation: str,
         learns: bool,
     ) -> Tensor:
         tokens, slots = index_NK.shape
-        index_A = index_NK.reshape(-1)
+        # First assignments of all tokens first, last ones last, so that an expert's rows end with those that are shifted.
+        index_A = index_NK.T.reshape(-1)
         nowhere, *rows = torch.bincount(index_A + 1, minlength=len(w1_EDH) + 1).tolist()
+        _, *tails = torch.bincount(index_NK[:, -1] + 1, minlength=len(w1_EDH) + 1).tolist()
         order_R = torch.argsort(index_A, stable=True)[nowhere:]
         # Where an assignment's answer is; that to no expert finds the zeros after the last one.
         place_A = torch.full_like(index_A, len(order_R))
         place_A[order_R] = torch.arange(len(order_R))
-        token_R = order_R // slots
-        row_R = token_R if len(x_MD) == tokens else order_R
+        place_NK, token_R = place_A.view(slots, tokens).T.contiguous(), order_R % tokens
+        source_R = token_R * slots + order_R // tokens  # the place in (N, K)
+        row_R = token_R if len(x_MD) == tokens else source_R
+        code_R = None if code_N is None else code_N[token_R]
         y_RD, kept = _with_zeros(x_MD, len(order_R)), []
-        for expert, part in _parts(rows):
-            h_RH = torch.addmm(b1_EH[expert], x_MD.index_select(0, row_R[part]), w1_EDH[expert])
-            a_RH, mask_RH = getattr(F, activation)(h_RH), None
-            if dropout:
-                a_RH, mask_RH = torch.native_dropout(a_RH, dropout, True)
-            torch.addmm(b2_ED[expert], a_RH, w2_EHD[expert], out=y_RD[part])
+        parts = row_R.split(rows), _split(code_R, rows), tails, y_RD[:-1].split(rows)
+        weights = w1_EDH.unbind(), b1_EH.unbind(), w2_EHD.unbind(), b2_ED.unbind()
+        for row, code, tail, y, w1, b1, w2, b2 in zip(*parts, *weights, strict=True):
+            h, a, mask = torch.addmm(b1, _read(x_MD, row, table_CD, code, tail), w1), None, None
+            if len(row):
+                a = getattr(F, activation)(h)
+                if dropout:
+                    a, mask = torch.native_dropout(a, dropout, True)
+                torch.addmm(b2, a, w2, out=y)
             if learns:
-                kept += [h_RH, a_RH, mask_RH]
-        ctx.save_for_backward(x_MD, w1_EDH, b1_EH, w2_EHD, b2_ED, weight_NK, order_R, token_R, row_R, place_A, *kept)
-        ctx.rows, ctx.dropout, ctx.activation = rows, dropout, activation
+                kept += [h, a, mask]
+        given = x_MD, w1_EDH, w2_EHD, table_CD, weight_NK, y_RD if ctx.needs_input_grad[5] else None
+        ctx.save_for_backward(*given, code_R, token_R, source_R, row_R, place_NK, *kept)
+        ctx.rows, ctx.tails, ctx.dropout, ctx.activation = rows, tails, dropout, activation
         if weight_NK is None:
-            return y_RD.index_select(0, place_A).view(tokens, slots, -1)
-        return F.embedding_bag(place_A.view(tokens, slots), y_RD, mode="sum", per_sample_weights=weight_NK)
+            return y_RD.index_select(0, place_NK.flatten()).view(tokens, slots, -1)
+        return F.embedding_bag(place_NK, y_RD, mode="sum", per_sample_weights=weight_NK)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, w1_EDH, b1_EH, w2_EHD, b2_ED, weight_NK, order_R, token_R, row_R, place_A, *kept = ctx.saved_tensors
-        wants_x, wants_experts, wants_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5]), ctx.needs_input_grad[5]
+        x_MD, w1_EDH, w2_EHD, table_CD, weight_NK, y_RD, code_R, token_R, source_R, row_R, place_NK, *kept = ctx.saved_tensors
+        wants_x, *wants, wants_weight, wants_table = ctx.needs_input_grad[:7]
+        rows, like = ctx.rows, x_MD.new_empty
         dw1_EDH, db1_EH, dw2_EHD, db2_ED = (
-            one.new_zeros(one.shape) if wants_experts else None for one in (w1_EDH, b1_EH, w2_EHD, b2_ED)
+            like(w1_EDH.shape),
+            like(w1_EDH.shape[::2]),
+            like(w2_EHD.shape),
+            like(w2_EHD.shape[::2]),
         )
-        dx_RD, dweight_R = _with_zeros(x_MD, len(order_R)), grad.new_zeros(len(order_R) + 1)
+        dx_RD, dweight_R1 = _with_zeros(x_MD, len(token_R)), grad.new_zeros(len(token_R) + 1, 1)
+        dtable_CD = torch.zeros_like(table_CD) if wants_table else None
         # Without weights each assignment has a gradient of its own, with them each token.
-        source_R, grad = (order_R, grad.flatten(0, 1)) if weight_NK is None else (token_R, grad)
-        weight_R1 = None if weight_NK is None else weight_NK.reshape(-1, 1)[order_R]
-        for (expert, part), h_RH, a_RH, mask_RH in zip(_parts(ctx.rows), kept[::3], kept[1::3], kept[2::3], strict=True):
-            dy_RD = grad.index_select(0, source_R[part])
-            da_RH = dy_RD @ w2_EHD[expert].T
+        from_R, grad = (source_R, grad.flatten(0, 1)) if weight_NK is None else (token_R, grad)
+        weight_R1 = None if weight_NK is None else weight_NK.reshape(-1, 1)[source_R]
+        parts = (
+            (part.split(rows) for part in (from_R, row_R, dx_RD[:-1], dweight_R1[:-1])),
+            (_split(part, rows) for part in (code_R, weight_R1, y_RD if y_RD is None else y_RD[:-1])),
+            (one.unbind() for one in (w1_EDH, w2_EHD, dw1_EDH, db1_EH, dw2_EHD, db2_ED)),
+            (ctx.tails, kept[::3], kept[1::3], kept[2::3]),
+        )
+        for source, row, dx, dweight, code, weight, y, w1, w2, dw1, db1, dw2, db2, tail, h, a, mask in zip(
+            *chain(*parts), strict=True
+        ):
+            if not len(row):
+                for one in (dw1, db1, dw2, db2):
+                    one.zero_()
+                continue
+            dy = grad.index_select(0, source)
             if wants_weight:
-                # <dy, W2 a + b2>, without the answer itself.
-                dweight_R[part] = torch.addmv((da_RH * a_RH).sum(1), dy_RD, b2_ED[expert])
-            if weight_R1 is not None:
-                dy_RD, da_RH = dy_RD.mul_(weight_R1[part]), da_RH.mul_(weight_R1[part])
-            if mask_RH is not None:
-                da_RH = torch.ops.aten.native_dropout_backward(da_RH, mask_RH, 1 / (1 - ctx.dropout))
-            dh_RH = _DERIVATIVES[ctx.activation](da_RH, h_RH)
-            if wants_experts:
-                torch.mm(a_RH.T, dy_RD, out=dw2_EHD[expert])
-                torch.sum(dy_RD, 0, out=db2_ED[expert])
-                torch.mm(x_MD.index_select(0, row_R[part]).T, dh_RH, out=dw1_EDH[expert])
-                torch.sum(dh_RH, 0, out=db1_EH[expert])
-            if wants_x:
-                torch.mm(dh_RH, w1_EDH[expert].T, out=dx_RD[part])
-        if row_R is order_R:
-            dx_MD = dx_RD.index_select(0, place_A)
-        else:
-            dx_MD = F.embedding_bag(place_A.view(len(x_MD), -1), dx_RD, mode="sum")
-        dweight_NK = dweight_R[place_A].view_as(weight_NK) if wants_weight else None
-        return dx_MD if wants_x else None, dw1_EDH, db1_EH, dw2_EHD, db2_ED, dweight_NK, None, None, None, None
+                torch.sum(dy * y, 1, keepdim=True, out=dweight)
+            if weight is not None:
+                dy.mul_(weight)
+            dh = dy @ w2.T
+            if mask is not None:
+                dh = torch.ops.aten.native_dropout_backward(dh, mask, 1 / (1 - ctx.dropout))
+            dh = _DERIVATIVES[ctx.activation](dh, h)
+            if any(wants):
+                torch.mm(a.T, dy, out=dw2)
+                torch.sum(dy, 0, out=db2)
+                torch.mm(_read(x_MD, row, table_CD, code, tail).T, dh, out=dw1)
+                torch.sum(dh, 0, out=db1)
+            if wants_x or wants_table:
+                torch.mm(dh, w1.T, out=dx)
+            if wants_table and tail:
+                dtable_CD.index_add_(0, code[-tail:], dx[-tail:])
+        dx_MD = None
+        if wants_x and len(x_MD) == len(place_NK):
+            dx_MD = F.embedding_bag(place_NK, dx_RD, mode="sum")
+        elif wants_x:
+            dx_MD = dx_RD.index_select(0, place_NK.flatten())
+        dexperts = (dw1_EDH, db1_EH, dw2_EHD, db2_ED) if any(wants) else (None,) * 4
+        dweight_NK = dweight_R1[:, 0][place_NK] if wants_weight else None
+        return dx_MD, *dexperts, dweight_NK, dtable_CD, None, None, None, None, None
 
 
-def _parts(rows: list[int]) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which these are."""
-    first = 0
-    for expert, count in enumerate(rows):
-        if count:
-            yield expert, slice(first, first + count)
-        first += count
+def _split(part: Tensor | None, rows: list[int]) -> Iterable[Tensor | None]:
+    return repeat(None, len(rows)) if part is None else part.split(rows)
+
+
+def _read(x_MD: Tensor, row: Tensor, table_CD: Tensor | None, code: Tensor | None, tail: int) -> Tensor:
+    """What an expert reads: these rows, the last `tail` of them shifted."""
+    x = x_MD.index_select(0, row)
+    if table_CD is not None and tail:
+        x[-tail:] += table_CD.index_select(0, code[-tail:])
+    return x
 
 
 def _with_zeros(like: Tensor, rows: int) -> Tensor:
@@ -138,7 +190,9 @@ def _with_zeros(like: Tensor, rows: int) -> Tensor:
     return room
 
 
-def grouped(experts: Experts, x: Tensor, index_NK: Tensor, weight_NK: Tensor | None, dropout: float) -> Tensor:
+def grouped(
+    experts: Experts, x: Tensor, index_NK: Tensor, weight_NK: Tensor | None, dropout: float, shift: Shift | None = None
+) -> Tensor:
     """`apply_experts` by products of all experts at once, without waiting for the GPU to say how many rows each has.
 
     So an assignment to no expert costs as much as another: the first expert answers, and its answer counts nothing.
@@ -146,6 +200,9 @@ def grouped(experts: Experts, x: Tensor, index_NK: Tensor, weight_NK: Tensor | N
     kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     w1_EDH, b1_EH, w2_EHD, b2_ED = (one.to(kind) for one in (experts.w1_EDH, experts.b1_EH, experts.w2_EHD, experts.b2_ED))
     tokens, slots = index_NK.shape
+    if shift is not None:
+        shifted_ND = x + F.embedding(shift.code_N, shift.table_CD)
+        x = torch.cat([x[:, None].expand(-1, slots - 1, -1), shifted_ND[:, None]], 1)
     expert_A, order_A = index_NK.clamp(min=0).flatten().sort(stable=True)
     place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=x.device))
     ends_E = torch.searchsorted(expert_A, torch.arange(experts.count, device=x.device), right=True).to(torch.int32)

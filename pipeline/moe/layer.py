@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.moe.dispatch import apply_experts, combine
+from pipeline.moe.dispatch import Shift, apply_experts, combine
 from pipeline.moe.experts import Experts, FeedForward
 from pipeline.moe.losses import balance_loss
 from pipeline.moe.quantizers import QUANTIZERS
@@ -140,16 +140,19 @@ class VQMoE(nn.Module):
         weights = {"codebook": self.settings.beta, "commitment": self.settings.beta * self.settings.commitment}
         losses = {name: Loss(value, weights[name]) for name, value in quantized.losses.items()}
         expert_N1 = (quantized.code_N % self.experts.count)[:, None]
-        discrete_ND = self._discrete_input(x_ND, quantized)
         if mode == "discrete":
-            y_ND = apply_experts(self.experts, discrete_ND, expert_N1, _one(quantized))
-            return LayerOutput(y_ND, losses, expert_N1, *coded)
-        with exactly(x_ND):
-            routing, weight_NK = self._both(x_ND, id_N, quantized, expert_N1)
-        index_NK = torch.cat([routing.index_NK, expert_N1], 1)
-        x_NKD = torch.cat([x_ND[:, None].expand(-1, self.settings.top_k, -1), discrete_ND[:, None]], 1)
-        y_ND = apply_experts(self.experts, x_NKD, index_NK, weight_NK)
-        return LayerOutput(y_ND, routing.losses | losses, index_NK, *coded)
+            index_NK, weight_NK = expert_N1, _one(quantized)
+        else:
+            with exactly(x_ND):
+                routing, weight_NK = self._both(x_ND, id_N, quantized, expert_N1)
+            index_NK, losses = torch.cat([routing.index_NK, expert_N1], 1), routing.losses | losses
+        if hasattr(self, "code_embedding_CD"):
+            y_ND = apply_experts(self.experts, x_ND, index_NK, weight_NK, shift=Shift(self.code_embedding_CD, quantized.code_N))
+        else:
+            routed_NKD = x_ND[:, None].expand(-1, index_NK.shape[1] - 1, -1)
+            x_NKD = torch.cat([routed_NKD, self._discrete_input(x_ND, quantized)[:, None]], 1)
+            y_ND = apply_experts(self.experts, x_NKD, index_NK, weight_NK)
+        return LayerOutput(y_ND, losses, index_NK, *coded)
 
     def assignment_parameters(self) -> list[nn.Parameter]:
         """What decides the assignment at inference: the quantizer, and the embedding that tells an expert the code."""
@@ -165,9 +168,7 @@ class VQMoE(nn.Module):
             return x_ND + (quantized.value_ND - x_ND).detach()
         if self.settings.input == "blend":
             return (1 - self.settings.blend) * x_ND + self.settings.blend * (quantized.value_ND - x_ND).detach()
-        if quantized.embedding_ND is not None:
-            return x_ND + quantized.embedding_ND
-        return x_ND + nn.functional.embedding(quantized.code_N, self.code_embedding_CD)
+        return x_ND + quantized.embedding_ND
 
     def _both(self, x_ND: Tensor, id_N: Tensor | None, quantized: Quantized, expert_N1: Tensor) -> tuple[Routing, Tensor]:
         """The routed path's answer, and weights of its experts and, in the last place, of the discrete one."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.models.flops import count_flops
-from pipeline.moe.dispatch import apply_experts, each_expert, grouped
+from pipeline.moe.dispatch import Shift, apply_experts, each_expert, grouped
 from pipeline.moe.experts import Experts
 from tests.moe.compare import assert_same_gradients, over_cases
 from tests.moe.reference import expert
@@ -176,6 +176,30 @@ def test_permuting_tokens_permutes_results(way):
     torch.testing.assert_close(
         way(experts, x_ND[order], index_NK[order], None, 0.0), way(experts, x_ND, index_NK, None, 0.0)[order]
     )
+
+
+@both_ways
+@over_cases
+def test_a_shift_is_for_the_last_expert_of_a_token(way, case):
+    """As inputs of their own, gradients of the table too."""
+    experts = _experts(case.experts)
+    torch.manual_seed(case.seed)
+    score_NE = torch.rand(1 if case.same else case.tokens, case.experts).expand(case.tokens, -1)
+    index_NK, code_N = score_NE.topk(case.top_k).indices, torch.randint(3, (case.tokens,))
+    index_NK = index_NK.masked_fill(torch.rand(index_NK.shape) < 0.1, -1)
+    x_ND, table_CD, weight_NK = torch.randn(case.tokens, 8), torch.randn(3, 8), torch.rand(index_NK.shape)
+    results = []
+    for fused in (True, False):
+        given = [one.clone().requires_grad_() for one in (x_ND, table_CD, weight_NK)]
+        if fused:
+            y_ND = way(experts, given[0], index_NK, given[2], 0.0, Shift(given[1], code_N))
+        else:
+            x_NKD = given[0][:, None].repeat(1, case.top_k, 1)
+            x_NKD = torch.cat([x_NKD[:, :-1], x_NKD[:, -1:] + given[1][code_N][:, None]], 1)
+            y_ND = way(experts, x_NKD, index_NK, given[2], 0.0)
+        results.append([y_ND.detach(), *torch.autograd.grad(y_ND.square().sum(), [*given, *experts.parameters()])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def test_all_experts_answer_rows_of_their_own():

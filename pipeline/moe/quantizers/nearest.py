@@ -4,10 +4,9 @@ Shapes: N tokens, D width, C codes.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.moe.losses import codebook_loss, commitment_loss
+from pipeline.moe.losses import quantize
 from pipeline.moe.quantizers.base import Quantized, Settings
 from pipeline.moe.quantizers.codebook import Codebook
 
@@ -23,9 +22,6 @@ class Nearest(Codebook):
         return self._of(x_ND, scores_NC.argmax(1), scores_NC)
 
     def _of(self, x_ND: Tensor, code_N: Tensor, scores_NC: Tensor) -> Quantized:
-        value_ND = F.embedding(code_N, self._centres())
-        losses = {
-            "codebook": codebook_loss(x_ND=x_ND, value_ND=value_ND),
-            "commitment": commitment_loss(x_ND=x_ND, value_ND=value_ND),
-        }
-        return Quantized(code_N, value_ND, None, None, losses["codebook"].detach(), losses, scores_NC)
+        value_ND, codebook, commitment = quantize(x_ND=x_ND, codebook_CD=self.codebook_CD, code_N=code_N)
+        losses = {"codebook": codebook, "commitment": commitment}
+        return Quantized(code_N, value_ND, None, None, codebook.detach(), losses, scores_NC)
