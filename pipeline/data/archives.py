@@ -1,5 +1,6 @@
 """Published archives: fetched once and verified, then read as streams; nothing of them is unpacked to disk."""
 
+import gzip
 import lzma
 import os
 import stat
@@ -35,6 +36,7 @@ _DAMAGE = (
     OverflowError,
     RuntimeError,
     ValueError,
+    gzip.BadGzipFile,
     lzma.LZMAError,
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -138,6 +140,13 @@ class Archive:
             self._order.append(entry.name)
         self._met[entry.name] = entry
         return True
+
+
+def is_archive(path: Path) -> bool:
+    """Whether `open` can be asked for it: a folder, and what is a zip or a tar or says so by its name."""
+    with reading(path):
+        named = {suffix.lower() for suffix in path.suffixes} & {".zip", ".tar", ".tgz"}
+        return path.is_dir() or bool(named) or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
 
 
 @contextmanager

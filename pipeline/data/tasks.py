@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import published
+from pipeline.data import archives, published
 from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records
 from pipeline.errors import Failure, UsageError
 
@@ -44,7 +44,7 @@ class Task:
 def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     """`era`, made from a corpus with years, a published task by name, or a path (relative to `root`).
 
-    A path is .jsonl(.xz) or .csv(.xz), or a task as published: folder, zip or tar.
+    A path is .jsonl or .csv, also with .gz or .xz, or a task as published: folder, zip or tar.
     Raises UsageError for a name that is none of these, Failure for data that cannot be used.
     """
     if name == "era":
@@ -59,6 +59,11 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     examples = {split: [] for split in SPLITS}
     lines: dict[tuple[str, str], int] = {}
     if path.is_dir() or kind not in (".jsonl", ".csv"):
+        if not archives.is_archive(path):
+            raise UsageError(
+                f"data.tasks has '{name}': expected a file .jsonl or .csv (or these with .gz or .xz), or a task as published: a "
+                "folder, a zip or a tar"
+            )
         for split, text, label in published.read(path, published.TASKS[name].labels if name in published.TASKS else None):
             examples[split].append(Example(text, label))
         return _checked(str(path), examples, lines)

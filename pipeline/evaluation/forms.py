@@ -3,16 +3,18 @@
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from pipeline.errors import Failure
 from pipeline.evaluation.grid import IMAGES, OTHER_DATA, Row
 
 Family = Literal["clean", "noise", "attack", "shift", "outside"]
-Texts, Values, Gaps = list[str], list[FiniteFloat], list[FiniteFloat | None]  # of a column
+# Of a column.
+Texts, Gaps = list[str], list[FiniteFloat | None]
+Values = Annotated[list[FiniteFloat], Field(min_length=1)]
 
 
 class Counts(TypedDict):
@@ -129,8 +131,8 @@ def check(path: Path, found: Any, form: Mapping[str, Any]) -> None:
         place = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":
             raise Failure(f"{path}: has no {place}; run `dvc repro`") from None
-        said = first["msg"].removeprefix("Input should be ")
-        raise Failure(f"{path}: {place} is {reprlib.repr(first['input'])}, expected {said}; run `dvc repro`") from None
+        said = first["msg"][0].lower() + first["msg"][1:]
+        raise Failure(f"{path}: {place} is {reprlib.repr(first['input'])}: {said}; run `dvc repro`") from None
 
 
 def _typed(form: Any) -> Any:
