@@ -136,8 +136,9 @@ class Archive:
         parts = entry.name.replace("\\", "/").split("/")
         if parts[0] == "" or ".." in parts:
             raise Failure(f"{self.path}: the name {entry.name} leads out of the archive's folder; fetch it from its source")
-        if entry.name not in self._met:
-            self._order.append(entry.name)
+        if entry.name in self._met:
+            raise Failure(f"{self.path}: holds {entry.name} twice; fetch it from its source")
+        self._order.append(entry.name)
         self._met[entry.name] = entry
         return True
 
