@@ -21,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import traceback
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -415,6 +416,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, Counter] = {"params": Counter()}
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", "Duplicate name")  # zipfile tells of what is meant here
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
