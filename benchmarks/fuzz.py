@@ -94,6 +94,19 @@ def leaves(tree: Any, above: tuple = ()) -> Iterator[tuple]:
             yield from leaves(value, (*above, key))
 
 
+def near(value: Any) -> st.SearchStrategy:
+    """Values of the same kind as one that is accepted."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.sampled_from([0, 1, 2, 3, 4, 8, 16, 64, value - 1, value + 1, 2 * value])
+    if isinstance(value, float):
+        return st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.99, 1.0, 2.0, 100.0, -value])
+    if isinstance(value, list) and value:
+        return st.lists(st.sampled_from(value), max_size=len(value), unique=True)
+    return VALUES
+
+
 @st.composite
 def params_texts(draw: Callable) -> str:
     text = draw(st.sampled_from(sorted(BASES.values())))
@@ -107,9 +120,9 @@ def params_texts(draw: Callable) -> str:
                 part = part[key] if isinstance(part, dict) and key in part else {}
             if not isinstance(part, dict):
                 continue
-            change = draw(st.sampled_from(["set", "set", "set", "drop", "rename", "copy"]))
-            if change == "set":
-                part[last] = draw(VALUES)
+            change = draw(st.sampled_from([*["near"] * 6, "set", "set", "drop", "rename", "copy"]))
+            if change in ("near", "set"):
+                part[last] = draw(near(part.get(last)) if change == "near" else VALUES)
             elif change == "drop":
                 part.pop(last, None)
             elif last in part and change == "rename":
