@@ -3,12 +3,14 @@
     python benchmarks/fuzz.py
 
 Params: keys and values of params.yaml and presets/vision/digits.yaml are changed, moved, doubled and deleted, as values and as
-text. What is accepted is built and takes a step, at its own size where that is small. Data: archives, JSON lines, CSV files,
-texts, folders and arrays of images, whole and damaged, go through `prepare`. What is raised beside UsageError and Failure, or
-has more than a line, is a finding, and ends the search with the input that showed it.
+text. What is accepted is built and takes a step, at its own size where that is small. Data: CSV files, JSON lines, tasks in
+archives, texts, folders and arrays of images, whole and damaged, go through `prepare`; what is accepted is read as later stages
+read it. What is raised beside UsageError and Failure, or has more than a line, is a finding, and ends the search with the input
+that showed it.
 """
 
 import argparse
+import csv
 import gzip
 import io
 import json
@@ -19,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import traceback
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +36,9 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline import config
+from pipeline.data.batches import open_tokens
+from pipeline.data.images import open_set
+from pipeline.data.tasks import read_task
 from pipeline.errors import Failure, UsageError
 from pipeline.files import write_json
 from pipeline.models.build import Spec, build
@@ -88,6 +94,19 @@ def leaves(tree: Any, above: tuple = ()) -> Iterator[tuple]:
             yield from leaves(value, (*above, key))
 
 
+def near(value: Any) -> st.SearchStrategy:
+    """Values of the same kind as one that is accepted."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.sampled_from([0, 1, 2, 3, 4, 8, 16, 64, value - 1, value + 1, 2 * value])
+    if isinstance(value, float):
+        return st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.99, 1.0, 2.0, 100.0, -value])
+    if isinstance(value, list) and value:
+        return st.lists(st.sampled_from(value), max_size=len(value), unique=True)
+    return VALUES
+
+
 @st.composite
 def params_texts(draw: Callable) -> str:
     text = draw(st.sampled_from(sorted(BASES.values())))
@@ -101,9 +120,9 @@ def params_texts(draw: Callable) -> str:
                 part = part[key] if isinstance(part, dict) and key in part else {}
             if not isinstance(part, dict):
                 continue
-            change = draw(st.sampled_from(["set", "set", "set", "drop", "rename", "copy"]))
-            if change == "set":
-                part[last] = draw(VALUES)
+            change = draw(st.sampled_from([*["near"] * 6, "set", "set", "drop", "rename", "copy"]))
+            if change in ("near", "set"):
+                part[last] = draw(near(part.get(last)) if change == "near" else VALUES)
             elif change == "drop":
                 part.pop(last, None)
             elif last in part and change == "rename":
@@ -182,29 +201,52 @@ def one_line(error: Exception) -> str:
     return "refused in one line"
 
 
+def mostly(rng: random.Random, usual: Any, odd: Any, share: float = 0.03) -> Any:
+    """One of the usual, or in a share of the draws one of the odd."""
+    return rng.choice(odd if rng.random() < share else usual)
+
+
+WORDS = ["alpha", "beta gamma", "zeta " * 50, "caf\u00e9", "a, b", 'so "to say"', "two\nlines", "one\u2028two", "x" * 300]
+# Of a record: text, label, split, and what it was taken from.
+USUAL = {"text": WORDS, "label": ["0", "1"], "split": ["train", "valid", "test"], "group": ["", "d1", "d2"]}
+
+
+def records(rng: random.Random, odd: Any) -> list[dict[str, Any]]:
+    """Records that make a task, some with a cell that is odd."""
+    found = [
+        {"text": f"word {i} {'alpha' if i % 2 else 'zeta'}", "label": str(i % 2), "split": split, "group": f"d{i}"}
+        for split in USUAL["split"]
+        for i in range(mostly(rng, [6], [0, 1], 0.02))
+    ]
+    for _ in range(rng.choice([0, 3, 30])):
+        found.append({name: mostly(rng, usual, odd, 0.005) for name, usual in USUAL.items()})
+    rng.shuffle(found)
+    return found
+
+
 def csv_bytes(rng: random.Random) -> bytes:
-    heads = ["text,label,split", "text,label", "text;label;split", "label,text,split,group", ""]
-    words = ["alpha", "", '"quo"te"', "a,b", "é\u0000", "zeta " * 50, "\n", "train", "valid", "test", "x" * 5]
-    head = rng.choice(heads) if rng.random() < 0.3 else "text,label,split"
-    many = rng.choice([0, 0, 1, 3, 30])
-    rows = [head] + [",".join(rng.choice(words) for _ in range(rng.choice([3, 3, 3, 1, 2, 4]))) for _ in range(many)]
-    good = [f"text {i} {'alpha' if i % 2 else 'zeta'},{i % 2},{split}" for split in ("train", "valid", "test") for i in range(6)]
-    return "\n".join(rows + (good if rng.random() < 0.8 else [])).encode("utf-8", "surrogatepass")
+    names = mostly(
+        rng, [("text", "label", "split"), ("split", "text", "label", "group")], [("text", "label"), ("a", "b", "c"), ()]
+    )
+    file = io.StringIO(newline="")
+    # A file whose fields are not quoted, or quoted otherwise than its reader expects, is one of the odd.
+    given = mostly(rng, [{}, {"quoting": csv.QUOTE_ALL}, {"lineterminator": "\n"}], [{"delimiter": ";"}, {"quotechar": "'"}])
+    writer = csv.writer(file, **given)
+    writer.writerow(names)
+    for record in records(rng, ["", "dev", "train", " ", '"', "a\0b", "\ud800", "\r"]):
+        row = [record.get(name, "x") for name in names]
+        writer.writerow(mostly(rng, [row], [row[:-1], [*row, "more"], []], 0.005))
+    return mostly(rng, [b""], [b"\xef\xbb\xbf", b"\xff\xfe", b'"'], 0.1) + file.getvalue().encode("utf-8", "surrogatepass")
 
 
 def jsonl_bytes(rng: random.Random) -> bytes:
-    values = ["alpha beta", "", None, 3, ["x"], {"a": 1}, "é" * 3, "train", "valid", "test", True, 1e300]
-    keys = ["text", "label", "split", "group", "other"]
-    rows = [
-        json.dumps({key: rng.choice(values) for key in rng.sample(keys, rng.randint(0, 5))})
-        for _ in range(rng.choice([0, 0, 1, 5]))
-    ]
-    good = [
-        json.dumps({"text": f"word {i} alpha", "label": str(i % 2), "split": split})
-        for split in ("train", "valid", "test")
-        for i in range(6)
-    ]
-    return "\n".join((good if rng.random() < 0.8 else []) + rows + (["{"] if rng.random() < 0.1 else [])).encode()
+    lines = []
+    for record in records(rng, ["", "dev", None, 3, -1, True, 1e300, ["x"], {"a": 1}, "\ud800", "train"]):
+        for name in [name for name in record if rng.random() < 0.002]:
+            del record[name]
+        line = json.dumps(record | {"year": mostly(rng, [1800], [None, "x", 10**30])}, ensure_ascii=rng.random() < 0.5)
+        lines.append(mostly(rng, [line], ["{", "[]", "NaN", "", "[" * 10_000, line + "x"], 0.004))
+    return mostly(rng, ["\n"], ["\r\n", "\r"], 0.1).join(lines).encode("utf-8", "surrogatepass")
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
@@ -242,71 +284,111 @@ def lay_image_folder(rng: random.Random, place: Path) -> str:
 
 
 def lay_npz(rng: random.Random, place: Path) -> str:
-    arrays, count = {}, rng.choice([12, 12, 12, 12, 1, 0])
-    for split in ("train", "test"):
-        odd = [(count, 3, 8, 8), (count,), (count, 8, 7, 2)] if rng.random() < 0.2 else []
-        arrays[f"x_{split}"] = np.zeros(
-            rng.choice([(count, 8, 8), (count, 8, 8, 3), *odd]), rng.choice([np.uint8] * 9 + [np.float32])
-        )
-        labels = np.arange(count + (rng.random() < 0.1)) % 3 - (rng.random() < 0.1)
-        arrays[f"y_{split}"] = labels.astype(rng.choice([np.int64] * 9 + [np.float32]))
-    for name in rng.sample(sorted(arrays), rng.random() < 0.1):
+    arrays, count = {}, mostly(rng, [12, 30], [1, 0], 0.1)
+    usual = rng.choice([(count, 8, 8), (count, 8, 8, 3), (count, 3, 9, 7)])
+    for split in ("train", "test", *rng.choice([(), (), ("valid",)])):
+        shape = mostly(rng, [usual], [(count,), (count, 8, 7, 2), (count, 0, 8), (count, 8, 8)])
+        labels = np.arange(count + mostly(rng, [0], [1, -1])) % 3 - mostly(rng, [0], [1])
+        arrays[f"x_{split}"] = np.zeros(shape, mostly(rng, [np.uint8], [np.float32, np.int64, bool]))
+        arrays[f"y_{split}"] = labels.astype(mostly(rng, [np.int64, np.uint8], [np.float32, object, "U1"]))
+    for name in rng.sample(sorted(arrays), rng.random() < 0.05):
         del arrays[name]
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    (np.savez_compressed if rng.random() < 0.5 else np.savez)(file, **arrays)
     (place / "set.npz").write_bytes(damaged(rng, file.getvalue()))
     return "set.npz"
 
 
-def lay_task(rng: random.Random, place: Path) -> str:
-    name, make = rng.choice([("set.csv", csv_bytes), ("set.jsonl", jsonl_bytes)])
-    packed = rng.choice(["", "", "", "", ".xz", ".gz", ".zip"])
-    content = make(rng)
-    (place / (name + packed)).write_bytes(damaged(rng, pack(name, content, packed)))
-    return name + packed
+def lay_csv(rng: random.Random, place: Path) -> str:
+    return lay_packed(rng, place, "set.csv", csv_bytes(rng))
 
 
-def pack(name: str, content: bytes, packed: str) -> bytes:
-    if packed == ".gz":
-        return gzip.compress(content)
-    if packed == ".xz":
-        return lzma.compress(content)
-    if packed == ".zip":
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr(name, content)
-        return file.getvalue()
-    return content
+def lay_jsonl(rng: random.Random, place: Path) -> str:
+    return lay_packed(rng, place, "set.jsonl", jsonl_bytes(rng))
+
+
+def lay_packed(rng: random.Random, place: Path, name: str, content: bytes) -> str:
+    """As it is or compressed, perhaps under a name that says something else."""
+    packed = rng.choice(["", "", ".xz", ".gz"])
+    content = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress}[packed](content)
+    name += mostly(rng, [packed], ["", ".xz", ".gz", ".bz2", ".zip", ".tar", ".XZ"])
+    (place / name).write_bytes(damaged(rng, content))
+    return name
+
+
+def published(rng: random.Random) -> dict[str, str]:
+    """Members of a task in one of the forms in which such are published."""
+    count, word = rng.choice([20, 20, 40]), mostly(rng, ["good"], ["", " ", "(", "\t", '"', "\u00a0", "\0"])
+    trees = "".join(f"({i % 5} (2 {word}) (2 film{i}))\n" for i in range(count))
+    intents = "".join(f'"Is ""{i}"" {word}?",{"lost" if i % 2 else "new"}\n' for i in range(count))
+    phrases = "".join(f"{word} phrase {i} \t{i % 2}\n" for i in range(count))
+    return rng.choice(
+        [
+            {f"trees/{split}.txt": trees for split in ("train", "dev", "test")},
+            {f"SST-2/{split}.tsv": "sentence\tlabel\n" + phrases for split in ("train", "dev")},
+            {f"banking77/{split}.csv": "text,category\n" + intents for split in ("train", "test")},
+            {
+                f"aclImdb/{split}/{label}/{i}_{rating}.txt": f"{word} {label} {i}"
+                for split in ("train", "test")
+                for label, rating in (("neg", 2), ("pos", 9))
+                for i in range(count)
+            },
+        ]
+    )
+
+
+def lay_archive(rng: random.Random, place: Path) -> str:
+    members = [(mostly(rng, [name], ODD_NAMES, 0.005), text.encode()) for name, text in published(rng).items()]
+    members = [(name, mostly(rng, [text], [b"", b"\xff", text[:-3], text * 2], 0.01)) for name, text in members]
+    members += mostly(rng, [[], [("README", b"read")], [("a/b/", b"")]], [members[:1], [("train.txt", b"x")]], 0.1)
+    if rng.random() < 0.02:
+        members.pop()
+    if (kind := rng.choice(["zip", "tar", "tar.gz", "tar.xz", "folder"])) == "folder":
+        for name, content in members:
+            if not name.endswith("/") and ".." not in name:
+                (place / "set" / name.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+                (place / "set" / name.lstrip("/")).write_bytes(content)
+        return "set"
+    file = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])) as archive:
+            for name, content in members:
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=file, mode=f"w:{kind.removeprefix('tar').removeprefix('.')}") as archive:
+            for name, content in members:
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.type = len(content), mostly(rng, [tarfile.REGTYPE], [tarfile.SYMTYPE, tarfile.CHRTYPE], 0.003)
+                archive.addfile(entry, io.BytesIO(content))
+    name = mostly(rng, [f"set.{kind}"], ["set", "set.zip", "set.tar", "set.csv"])
+    (place / name).write_bytes(damaged(rng, file.getvalue()))
+    return name
+
+
+ODD_NAMES = ["../train.txt", "/etc/train.txt", "a\\..\\train.txt", "train.txt", "\u00e9" * 90, "a//b", "x\n.txt"]
 
 
 def lay_corpus(rng: random.Random, place: Path) -> str:
-    text = "alpha beta gamma. " * rng.randint(0, 400)
-    if rng.random() < 0.4:
+    text = "Alpha beta gamma, 12 of them.\n" * rng.randint(20, 400)
+    if rng.random() < 0.3:
         (place / "set").mkdir()
-        for split in rng.sample(["train.txt", "valid.txt", "test.txt", "x.txt"], rng.randint(0, 4)):
-            (place / "set" / split).write_bytes(damaged(rng, text.encode()))
+        splits = mostly(
+            rng, [("train.txt", "valid.txt", "test.txt"), ("a.txt", "b.txt", "c.txt", "d.md")], [("train.txt",), ()], 0.1
+        )
+        for name in splits:
+            (place / "set" / name).write_bytes(mostly(rng, [text.encode()], [b"", b"\xff\xfe", b"12 34", text.encode("utf-16")]))
         return "set"
-    name = rng.choice(["set.txt", "set.txt.xz", "set.txt.gz", "set.jsonl", "set.zip", "set.tar.gz"])
-    content = jsonl_bytes(rng) if "jsonl" in name else text.encode()
-    if name == "set.tar.gz":
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w:gz") as archive:
-            entry = tarfile.TarInfo(rng.choice(["a.txt", "../a.txt", "/etc/a.txt"]))
-            entry.size, entry.type = (
-                len(content),
-                rng.choice([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE]),
-            )
-            archive.addfile(entry, io.BytesIO(content))
-        packed = file.getvalue()
-    else:
-        packed = pack("a.txt", content, Path(name).suffix)
-    (place / name).write_bytes(damaged(rng, packed))
-    return name
+    if rng.random() < 0.4:
+        return lay_jsonl(rng, place)
+    content = mostly(rng, [text], ["", "\ufeff", "12, 34", "\ud800" * 90, "x"], 0.1).encode("utf-8", "surrogatepass")
+    return lay_packed(rng, place, "set.txt", content)
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, Path], str], str, str]] = {
     # How it is laid, the params it goes into, and the key that names it.
-    "tasks": (lay_task, "params.yaml", "data.tasks={{x: {}}}"),
+    "CSV": (lay_csv, "params.yaml", "data.tasks={{x: {}}}"),
+    "JSON lines": (lay_jsonl, "params.yaml", "data.tasks={{x: {}}}"),
+    "archives": (lay_archive, "params.yaml", "data.tasks={{x: {}}}"),
     "corpora": (lay_corpus, "params.yaml", "data.corpus={}"),
     "image folders": (lay_image_folder, "presets/vision/digits.yaml", "data.corpus={}"),
     "arrays of images": (lay_npz, "presets/vision/digits.yaml", "data.corpus={}"),
@@ -321,14 +403,22 @@ def try_data(kind: str, seed: int, folder: Path) -> str:
     place.mkdir()
     name = lay(rng, place)
     more = ("data.shifts={}", *(("data.tasks={x: ../good.csv}",) if kind == "corpora" else ("data.corpus=../good.txt",)))
+    more += (f"data.view={rng.choice(['text27', 'bytes'])}",)
     if base != "params.yaml":
-        more = (f"data.tasks={{x: {name}}}", f"prepare.broken={rng.choice(['refuse', 'skip'])}")
+        more = (f"data.tasks={{x: {name}}}", f"data.view={rng.choice(['grey', 'rgb'])}")
+        more += (f"prepare.broken={rng.choice(['refuse', 'skip'])}",)
     params = config.load(ROOT / base, SETTINGS, (override.format(name), *more))
+    paths = Paths(place, folder / "out")
     try:
-        prepare.run(params.select(SECTIONS["prepare"]), Paths(place, folder / "out"))
+        prepare.run(params.select(SECTIONS["prepare"]), paths)
     except (UsageError, Failure) as error:
         return one_line(error)
-    return "used"
+    if base == "params.yaml":
+        open_tokens(paths.source / "train.npy")
+        read_task(paths.task("x"))
+    else:
+        open_set(paths.task("x"))
+    return "prepared and read"
 
 
 def main() -> None:
@@ -339,6 +429,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, Counter] = {"params": Counter()}
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", "Duplicate name")  # zipfile tells of what is meant here
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 

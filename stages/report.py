@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pipeline.errors import Failure
-from pipeline.evaluation import findings, plots, summary, tables
+from pipeline.evaluation import findings, forms, plots, summary, tables
 from pipeline.evaluation.claims import Claim
 from pipeline.evaluation.exhibits import exhibits
-from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid
+from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid, Row
 from pipeline.evaluation.html import Shown, page
 from pipeline.evaluation.pictures import Pictures
 from pipeline.files import output_file, output_folder, write_rows
@@ -23,6 +23,9 @@ from stages.paths import Cell, Paths, of_images, read_result
 
 # Columns of the CSV files that hold text; all others are numbers or empty.
 TEXT = {"model", "mode", "family", "kind", "what"}
+
+# What a language model is scored in, by its tokenizer.
+UNITS = {"bytes": "bpc", "characters": "bpc", "words": "perplexity", "bpe": "perplexity"}
 
 
 def run(params: SimpleNamespace, paths: Paths) -> dict:
@@ -73,7 +76,9 @@ def show(grid: Grid) -> tuple[list[Claim], list[Claim], list[summary.Measure]]:
 
 
 def read(params: SimpleNamespace, paths: Paths) -> Grid:
-    """All that the stages wrote of a grid. Raises Failure for the first file that is missing, damaged or not finite."""
+    """All that the stages wrote of a grid. Raises Failure for the first file that is missing, damaged, of another form or not
+    finite.
+    """
     methods, seeds, tasks = params.grid.methods, params.grid.seeds, tuple(params.data.tasks)
     stages = [("pretrain", None), *((stage, task) for stage in ("warmup", "finetune") for task in tasks), ("robustness", None)]
     read_results = {
@@ -87,17 +92,37 @@ def read(params: SimpleNamespace, paths: Paths) -> Grid:
 
     runs = each(read_results, "run_id")
 
-    def rows(stage: str, file: str) -> list[dict[str, Any]]:
+    def rows(stage: str, file: str, form: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [
             {"method": method, "seed": seed, "run_id": run} | row
             for method in methods
             for seed, run in zip(seeds, runs[stage, None][method], strict=True)
-            for row in _numbers(paths.output(stage, Cell(method, seed)) / file)
+            for row in _numbers(paths.output(stage, Cell(method, seed)) / file, form)
         ]
 
     base = IMAGES if of_images(params.data.view) else LANGUAGE
+    unit = "accuracy" if base == IMAGES else UNITS[params.data.tokenizer]
+    all_rows = {
+        "history": rows("pretrain", "history.csv", forms.history(unit)),
+        "routing": rows("pretrain", "routing.csv", forms.ROUTING),
+        "scores": rows("robustness", "scores.csv", forms.SCORES),
+        "layers": rows("robustness", "layers.csv", forms.LAYERS),
+        "load": rows("robustness", "load.csv", forms.LOAD),
+        "confusion": [
+            {"method": method, "seed": seeds[0], "run_id": runs["finetune", task][method][0], "task": task} | row
+            for task in tasks
+            for method in methods
+            for row in _confusion(paths.output("finetune", Cell(method, seeds[0], task)) / "confusion.csv")
+        ],
+    }
+
+    def units(method: str, seed: int) -> dict[str, np.ndarray]:
+        scores = [row for row in all_rows["scores"] if (row["method"], row["seed"]) == (method, seed)]
+        return _units(paths, Cell(method, seed), base, tasks, scores)
+
     grid = Grid(
         base=base,
+        unit=unit,
         methods=methods,
         seeds=seeds,
         tasks=tasks,
@@ -106,29 +131,35 @@ def read(params: SimpleNamespace, paths: Paths) -> Grid:
         runs=runs,
         compute={method: found["metrics"] for method, found in compute.items()},
         compute_runs={method: found["run_id"] for method, found in compute.items()},
-        tables={
-            "history": rows("pretrain", "history.csv"),
-            "routing": rows("pretrain", "routing.csv"),
-            **{name: rows("robustness", f"{name}.csv") for name in ("scores", "layers", "load")},
-            "confusion": [
-                {"method": method, "seed": seeds[0], "run_id": runs["finetune", task][method][0], "task": task} | row
-                for task in tasks
-                for method in methods
-                for row in _confusion(paths.output("finetune", Cell(method, seeds[0], task)) / "confusion.csv")
-            ],
-        },
-        units={method: [_units(paths, Cell(method, seed), base, tasks) for seed in seeds] for method in methods},
+        tables=all_rows,
+        units={method: [units(method, seed) for seed in seeds] for method in methods},
         pictures={m: Pictures.load(paths.output("robustness", Cell(m, seeds[0]))) for m in methods if base == IMAGES},
         resamples=params.report.resamples,
     )
     grid.check()
+    _check_metrics(grid, paths)
     return grid
 
 
-def _numbers(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, numbers as numbers and None where a field is empty."""
+def _check_metrics(grid: Grid, paths: Paths) -> None:
+    def check(path: Path, metrics: Mapping[str, Any], form: Any) -> None:
+        forms.check(path, {"metrics": metrics}, {"metrics": form})
+
+    check(paths.result("prepare"), grid.prepared, forms.prepared(grid.base, grid.unit, grid.tasks))
+    for (stage, task), by_method in grid.results.items():
+        for method, found in by_method.items():
+            for seed, metrics in zip(grid.seeds, found, strict=True):
+                check(paths.result(stage, Cell(method, seed, task)), metrics, forms.result(stage, grid.unit))
+    for method, metrics in grid.compute.items():
+        check(paths.result("compute", Cell(method, 0)), metrics, forms.compute(grid.modes(method)))
+
+
+def _numbers(path: Path, form: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a CSV with the columns of a form, numbers as numbers and None where a field is empty."""
     heads, *lines = _lines(path)
-    return [{head: _number(path, head, text) for head, text in zip(heads, line, strict=True)} for line in lines]
+    rows = [{head: _number(path, head, text) for head, text in zip(heads, line, strict=True)} for line in lines]
+    forms.check(path, {head: [row[head] for row in rows] for head in heads}, form)
+    return rows
 
 
 def _number(path: Path, head: str, text: str) -> str | float | None:
@@ -146,10 +177,14 @@ def _number(path: Path, head: str, text: str) -> str | float | None:
 def _confusion(path: Path) -> list[dict[str, Any]]:
     """A row per true and predicted label."""
     (_, *labels), *lines = _lines(path)
+    if [true for true, *_ in lines] != labels:
+        raise Failure(f"{path}: damaged, its rows and columns are not the same labels; run `dvc repro`")
+    counts = {true: [_number(path, true, text) for text in row] for true, *row in lines}
+    forms.check(path, counts, dict.fromkeys(labels, forms.Values))
     return [
         {"true": true, "predicted": label, "examples": int(count)}
-        for true, *counts in lines
-        for label, count in zip(labels, counts, strict=True)
+        for true, row in counts.items()
+        for label, count in zip(labels, row, strict=True)
     ]
 
 
@@ -159,33 +194,37 @@ def _lines(path: Path) -> list[list[str]]:
             lines = list(csv.reader(handle))
     except FileNotFoundError:
         raise Failure(f"{path}: not found; run `dvc repro`") from None
-    except UnicodeDecodeError:
-        raise Failure(f"{path}: damaged, not UTF-8; run `dvc repro`") from None
-    if not lines or len({len(line) for line in lines}) > 1:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Failure(f"{path}: cannot be read ({error}); run `dvc repro`") from None
+    if len({len(line) for line in lines}) != 1 or not lines[0]:
         raise Failure(f"{path}: damaged, its lines are not all as long; run `dvc repro`")
     return lines
 
 
-def _units(paths: Paths, cell: Cell, base: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-    """What robustness kept of each text, and from pretrain and finetune what each text of the whole test split got."""
+def _units(paths: Paths, cell: Cell, base: str, tasks: Sequence[str], scores: Sequence[Row]) -> dict[str, np.ndarray]:
+    """What robustness kept of each text of its `scores`, and what each text of the whole test split got before."""
     file = "units.safetensors"
-    units = _arrays(paths.output("robustness", cell) / file)
-    pretrained = _arrays(paths.output("pretrain", cell) / file)
-    units |= {f"{base}/{mode}/test": score_U for mode, score_U in pretrained.items()}
+    modes = dict.fromkeys(row["mode"] for row in scores if row["model"] == base)
+    pretrained = _arrays(paths.output("pretrain", cell) / file, modes)
+    units, wanted = {f"{base}/{mode}/test": score_U for mode, score_U in pretrained.items()}, forms.units(base, scores)
     for task in tasks:
-        arrays = _arrays(paths.output("finetune", cell._replace(task=task)) / file)
+        arrays = _arrays(paths.output("finetune", cell._replace(task=task)) / file, ["correct"])
+        if "groups" in arrays:
+            wanted += [f"{task}/groups", f"{task}/attack/groups"]
         units[f"{task}/test"] = arrays.pop("correct")
         units |= {f"{task}/test/{name}": numbers_U for name, numbers_U in arrays.items()}
-    return units
+    return units | _arrays(paths.output("robustness", cell) / file, wanted)
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
     try:
-        return load_file(path)
+        arrays = load_file(path)
     except FileNotFoundError:
         raise Failure(f"{path}: not found; run `dvc repro`") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise Failure(f"{path}: cannot be read ({error}); run `dvc repro`") from None
+    forms.check(path, arrays, dict.fromkeys(wanted, Any))
+    return arrays
 
 
 def _text(

@@ -1,5 +1,6 @@
 """Published archives: fetched once and verified, then read as streams; nothing of them is unpacked to disk."""
 
+import gzip
 import lzma
 import os
 import stat
@@ -35,6 +36,7 @@ _DAMAGE = (
     OverflowError,
     RuntimeError,
     ValueError,
+    gzip.BadGzipFile,
     lzma.LZMAError,
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -134,10 +136,18 @@ class Archive:
         parts = entry.name.replace("\\", "/").split("/")
         if parts[0] == "" or ".." in parts:
             raise Failure(f"{self.path}: the name {entry.name} leads out of the archive's folder; fetch it from its source")
-        if entry.name not in self._met:
-            self._order.append(entry.name)
+        if entry.name in self._met:
+            raise Failure(f"{self.path}: holds {entry.name} twice; fetch it from its source")
+        self._order.append(entry.name)
         self._met[entry.name] = entry
         return True
+
+
+def is_archive(path: Path) -> bool:
+    """Whether `open` can be asked for it: a folder, and what is a zip or a tar or says so by its name."""
+    with reading(path):
+        named = {suffix.lower() for suffix in path.suffixes} & {".zip", ".tar", ".tgz"}
+        return path.is_dir() or bool(named) or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Corpora as splits of documents, read as they are needed, and the two views of a text."""
 
+import gzip
 import hashlib
 import json
 import lzma
@@ -19,6 +20,8 @@ EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
 # A single text is split in its own order, as enwik8 and text8 are: 90 %, 5 %, 5 % of it. So are the files of a folder, each
 # as a whole, in an order that only their names decide.
 CUTS = (0.90, 0.95)
+# Of a file of text or of records.
+COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 
 class Published(NamedTuple):
@@ -94,7 +97,8 @@ Corpus = dict[str, Split]
 
 
 def load_corpus(name: str, root: Path) -> Corpus:
-    """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): folder, .txt(.xz), .jsonl(.xz).
+    """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): folder, .txt or .jsonl, also
+    with .gz or .xz.
 
     Raises UsageError for a name that is neither, Failure with file, line and remedy for data that cannot be used; what is
     wrong inside a long text may only be found while it is read.
@@ -118,7 +122,7 @@ def load_corpus(name: str, root: Path) -> Corpus:
         corpus = _json_lines(path)
     else:
         raise UsageError(
-            f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt or .jsonl (or these with .xz)"
+            f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt or .jsonl (or these with .gz or .xz)"
         )
     for split in SPLITS:
         if not any(document.text.strip() for document in corpus[split]):
@@ -142,7 +146,7 @@ def exists(path: Path) -> bool:
 
 def file_kind(path: Path) -> str:
     """The suffix in lower case, without that of compression."""
-    return (path.with_suffix("") if path.suffix.lower() == ".xz" else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def stream(documents: Iterable[Document], view_name: str) -> Iterator[str]:
@@ -166,12 +170,12 @@ def join(texts: Iterable[str], view_name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, plain or .xz, without a byte-order mark."""
+    """A UTF-8 file, plain or compressed, without a byte-order mark."""
     return "".join(_texts(path))
 
 
 def records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered objects of a .jsonl(.xz) file, each with the named fields as text."""
+    """Numbered objects of a .jsonl file, plain or compressed, each with the named fields as text."""
     for number, line in enumerate(archives.lines(_texts(path)), 1):
         if not line.strip():
             continue
@@ -230,10 +234,11 @@ def _text27(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """Text of a UTF-8 file, plain or .xz, in stretches."""
+    """Text of a UTF-8 file, plain or compressed, in stretches."""
+    opened = COMPRESSED.get(path.suffix.lower(), open)
 
     def chunks() -> Iterator[bytes]:
-        with archives.reading(path), lzma.open(path) if path.suffix.lower() == ".xz" else path.open("rb") as file:
+        with archives.reading(path), opened(path, "rb") as file:
             while chunk := file.read(archives.MIB):
                 yield chunk
 

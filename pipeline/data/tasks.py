@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import published
+from pipeline.data import archives, published
 from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records
 from pipeline.errors import Failure, UsageError
 
@@ -44,7 +44,7 @@ class Task:
 def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     """`era`, made from a corpus with years, a published task by name, or a path (relative to `root`).
 
-    A path is .jsonl(.xz) or .csv(.xz), or a task as published: folder, zip or tar.
+    A path is .jsonl or .csv, also with .gz or .xz, or a task as published: folder, zip or tar.
     Raises UsageError for a name that is none of these, Failure for data that cannot be used.
     """
     if name == "era":
@@ -55,23 +55,16 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     path = published.fetch(name, root) if name in published.TASKS else root / name
     if not exists(path):
         raise UsageError(f"data.tasks has '{name}': neither era, {', '.join(published.TASKS)} nor an existing path")
-    kind = file_kind(path)
     examples = {split: [] for split in SPLITS}
-    lines: dict[tuple[str, str], int] = {}
-    if path.is_dir() or kind not in (".jsonl", ".csv"):
-        for split, text, label in published.read(path, published.TASKS[name].labels if name in published.TASKS else None):
-            examples[split].append(Example(text, label))
-        return _checked(str(path), examples, lines)
-    for number, record in _csv(path) if kind == ".csv" else records(path, FIELDS):
-        if not record["text"].strip():
-            raise Failure(f"{path}, line {number}: the text is empty; remove the line or fill it")
-        label = str(record["label"]).strip()
-        if not label:
-            raise Failure(f"{path}, line {number}: the label is empty; remove the line or fill it")
-        group = record.get("group")
-        examples[record["split"]].append(Example(record["text"], label, None if group in (None, "") else str(group)))
-        lines.setdefault((record["split"], label), number)
-    return _checked(str(path), examples, lines)
+    places: dict[tuple[str, str], str] = {}
+    for place, split, text, label, group in _rows(name, path):
+        if not text.strip():
+            raise Failure(f"{place}: the text is empty; remove the line or fill it")
+        if not label.strip():
+            raise Failure(f"{place}: the label is empty; remove the line or fill it")
+        examples[split].append(Example(text, label.strip(), group))
+        places.setdefault((split, label.strip()), place)
+    return _checked(str(path), examples, places)
 
 
 def task_source(name: str, root: Path) -> Path:
@@ -141,6 +134,25 @@ def _eras(corpus: Corpus, split: str, passage: int) -> Iterator[Example]:
             yield Example(text, f"{first}-{first + ERA_YEARS - 1}", document.name)
 
 
+def _rows(name: str, path: Path) -> Iterator[tuple[str, str, str, str, str | None]]:
+    """Place, split, text, label and group of every example."""
+    kind = file_kind(path)
+    if not path.is_dir() and kind in (".jsonl", ".csv"):
+        for number, record in _csv(path) if kind == ".csv" else records(path, FIELDS):
+            group = record.get("group")
+            group = None if group in (None, "") else str(group)
+            yield f"{path}, line {number}", record["split"], record["text"], str(record["label"]), group
+    elif archives.is_archive(path):
+        labels = published.TASKS[name].labels if name in published.TASKS else None
+        for number, (split, text, label) in enumerate(published.read(path, labels), 1):
+            yield f"{path}, example {number}", split, text, label, None
+    else:
+        raise UsageError(
+            f"data.tasks has '{name}': expected a file .jsonl or .csv (or these with .gz or .xz), or a task as published: a "
+            "folder, a zip or a tar"
+        )
+
+
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
@@ -150,7 +162,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise Failure(f"{path}, line {reader.line_num}: no valid CSV ({error}); check its quotes, or use .jsonl") from None
 
 
-def _checked(source: str, examples: dict[str, list[Example]], lines: dict[tuple[str, str], int]) -> Task:
+def _checked(source: str, examples: dict[str, list[Example]], places: dict[tuple[str, str], str]) -> Task:
     for split in SPLITS:
         if not examples[split]:
             raise Failure(f"{source}: the {split} split is empty; give it at least one example")
@@ -159,6 +171,6 @@ def _checked(source: str, examples: dict[str, list[Example]], lines: dict[tuple[
         raise Failure(f"{source}: training has the one label '{labels[0]}'; a task needs at least two")
     for split in SPLITS[1:]:
         for label in sorted({example.label for example in examples[split]} - set(labels)):
-            where = f", line {lines[split, label]}" if (split, label) in lines else ""
-            raise Failure(f"{source}{where}: label '{label}' is in {split} but never in train; add training examples or drop it")
+            place = places.get((split, label), source)
+            raise Failure(f"{place}: label '{label}' is in {split} but never in train; add training examples or drop it")
     return Task(labels, examples)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import PermutationMethod, pearsonr, rankdata
 
+from pipeline.errors import Failure
 from pipeline.evaluation import patches, plots
 from pipeline.evaluation.findings import CLAIMED, flops_saving, time_saving
 from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid, Row, Sample
@@ -259,6 +260,9 @@ def _load(grid: Grid, model: str) -> Iterator[Exhibit]:
         for row in rows:
             layers = found.setdefault(f"{row['method']}, mode {row['mode']}", {})
             layers.setdefault(row["layer"], []).append(row["share"])
+        for name, layers in found.items():
+            if len({len(layer) for layer in layers.values()}) > 1:
+                raise Failure(f"load of {name}: {model} has layers with more {what}s than others; run `dvc repro`")
         shares = {name: np.array([layers[layer] for layer in sorted(layers)]) for name, layers in found.items()}
         shares = {name: share for name, share in shares.items() if share.shape[1] > 1}
         if shares:

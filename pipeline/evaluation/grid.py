@@ -3,6 +3,7 @@
 Shapes: S seeds, U units (segments of the language model's test text, or passages of a task), L layers.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """`base` is the pre-trained model, LANGUAGE or IMAGES.
+    """`base` is the pre-trained model, LANGUAGE or IMAGES, `unit` what it is scored in: `bpc`, `perplexity` or `accuracy`.
 
     `results[stage, task]` (task None where a stage has none), `runs` and `units` list an entry per seed of each method;
     `pictures` are those of the first seed, of images alone. Rows of `tables` (history, routing, scores, layers, load, confusion)
@@ -43,6 +44,7 @@ class Grid:
     seeds: Sequence[int]
     tasks: Sequence[str]
     base: str
+    unit: str
     prepared: Mapping[str, Any]
     results: Mapping[tuple[str, str | None], Mapping[str, Sequence[Mapping[str, Any]]]]
     runs: Mapping[tuple[str, str | None], Mapping[str, Sequence[str]]]
@@ -66,12 +68,6 @@ class Grid:
             groups |= {task + own: first[f"{at}/groups"] for own, at in places.items() if f"{at}/groups" in first}
         return Draws(len(self.seeds), self.resamples, groups)
 
-    @cached_property
-    def unit(self) -> str:
-        """What the pre-trained model is scored in: `bpc`, `perplexity` or `accuracy`."""
-        test = self.results["pretrain", None][self.methods[0]][0]["test"]
-        return next(unit for unit in ("bpc", "perplexity", "accuracy") if unit in test)
-
     def severity(self, rate: float) -> str:
         """How a severity is written: a share of what is changed in a text, a level of images."""
         return f"{rate:g}" if self.base == IMAGES else f"{100 * rate:g} %"
@@ -84,7 +80,7 @@ class Grid:
         return found
 
     def check(self) -> None:
-        """Raise Failure unless every method and seed was put under the same conditions."""
+        """Raise Failure unless every method and seed was put under the same conditions, with the same units."""
         found: dict[str, dict[tuple[str, float], set[tuple[str, Any]]]] = {}
         for row in self.tables["scores"]:
             if row["mode"] == self.modes(row["method"])[1]:
@@ -95,6 +91,30 @@ class Grid:
             for (kind, rate), there in found.get(model, {("clean", 0.0): set()}).items():
                 for method, seed in sorted(cells - there):
                     raise Failure(f"scores of {method}, seed {seed}: {model} has no {kind} at {rate}; run `dvc repro`")
+        for (method, model, mode), rows in self._scores.items():
+            for seed in sorted(set(self.seeds) - {row["seed"] for row in rows if row["family"] == "clean"}):
+                raise Failure(f"scores of {method}, seed {seed}: {model} has nothing clean in mode {mode}; run `dvc repro`")
+        self._check_units()
+
+    def _check_units(self) -> None:
+        def groups(units: Mapping[str, np.ndarray]) -> set[str]:
+            return {name for name in units if name.endswith("groups")}
+
+        first, shapes = self.units[self.methods[0]][0], {}
+        for method, seed in itertools.product(self.methods, self.seeds):
+            units = self.units[method][self.seeds.index(seed)]
+            for name in sorted(groups(units) ^ groups(first)):
+                raise Failure(f"units of {method}, seed {seed}: {name} are not in all units, or in these alone; run `dvc repro`")
+            for row in (row for row in self.tables["scores"] if (row["method"], row["seed"]) == (method, seed)):
+                for what in ("score", "lost"):
+                    name = f"{row['model']}/{row['mode']}/{row['kind']}/{row['rate']!r}/{what}"
+                    shape = units[name].shape
+                    if len(shape) != 1 or shape != shapes.setdefault(
+                        _same_units(row["model"], row["family"], row["kind"]), shape
+                    ):
+                        raise Failure(
+                            f"units of {method}, seed {seed}: {name} is of shape {shape}, others are not; run `dvc repro`"
+                        )
 
     def modes(self, method: str) -> tuple[str, str]:
         """The mode of pre-training and that of fine-tuning and inference; they may be the same."""
@@ -137,9 +157,7 @@ class Grid:
             values_SU = np.array([np.mean([seed[name] for name in names], axis=0) for seed in self.units[method]])
         except (KeyError, ValueError) as error:
             raise Failure(f"units of {method}: not those of its scores ({error}); run `dvc repro`") from None
-        # Clean and noisy text are the same units; attacks and shifts have their own.
-        own = {"attack": "/attack", "test": "/test"}.get(family, "")
-        return Sample(values_SU, model + (f"/{conditions[0][0]}" if family in OTHER_DATA else own))
+        return Sample(values_SU, _same_units(model, family, "" if family == "test" else conditions[0][0]))
 
     def interval(self, sample: Sample | None) -> Estimate | None:
         """Mean over seeds and units with its 95 % bootstrap interval."""
@@ -181,6 +199,12 @@ class Grid:
         """Rows of layers.csv, of all seeds; in the mode of inference unless another is named."""
         wanted = (method, model, mode or self.modes(method)[1])
         return [row for row in self.tables["layers"] if (row["method"], row["model"], row["mode"]) == wanted]
+
+
+def _same_units(model: str, family: str, kind: str) -> str:
+    """A name for the units of a condition: clean and noisy ones are the same; attacks and shifts have their own."""
+    own = f"/{kind}" if family in OTHER_DATA else {"attack": "/attack", "test": "/test"}.get(family, "")
+    return model + own
 
 
 def metric(entries: Sequence[Mapping[str, Any]], *keys: str) -> np.ndarray | None:

@@ -73,9 +73,14 @@ class Pictures(NamedTuple):
             }
             given = (arrays[name] for name in ("pixels", "label", "predicted"))
             blocks, expert, code = tuple(named["blocks"]), arrays["expert"], arrays.get("code")
-            return cls(tuple(named["conditions"]), *given, blocks, expert, code, nearest)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            found = cls(tuple(named["conditions"]), *given, blocks, expert, code, nearest)
+        except (OSError, SafetensorError, LookupError, TypeError) as error:
             raise Failure(f"{path}: missing or damaged ({error}); {remedy}") from None
+        named = (len(blocks), *found.label_S.shape, len(found.conditions))
+        shapes = [(len(blocks), *array.shape[:2]) for array in (found.predicted_SV, found.pixels_SVCHW)]
+        if {*shapes, expert.shape[:3]} != {named} or (code is not None and code.shape != expert.shape):
+            raise Failure(f"{path}: damaged, not the images and blocks that pictures.json names; {remedy}")
+        return found
 
 
 def nearest_patches(

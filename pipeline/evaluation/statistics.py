@@ -67,8 +67,8 @@ class Draws:
             )
         if (units, size) not in self._count_RU:
             group_U = self._groups.get(units, np.arange(size))
-            if len(group_U) != size:
-                raise Failure(f"{units}: {size} units, but groups of {len(group_U)}; run `dvc repro`")
+            if group_U.shape != (size,) or group_U.dtype.kind not in "iu" or group_U.min() < 0:
+                raise Failure(f"{units}: {size} units, but not as many numbers of groups; run `dvc repro`")
             self._count_RU[units, size] = self._counts(f"units:{units}", int(group_U.max()) + 1)[:, group_U].astype(np.float64)
         count_RU = self._count_RU[units, size]
         # Units first and divided last: with one seed, sums of right and wrong answers are exact and ties stay ties.

@@ -52,9 +52,10 @@ def timings(grid: Grid) -> list[Measure]:
             # A method of one mode has its numbers where the phase belongs.
             own = place == (0 if phase == "train" else 1)
             modes = {m: grid.modes(m)[place] for m in grid.methods if own or len(set(grid.modes(m))) > 1}
-            timed = {m: one for m, mode in modes.items() if (one := grid.compute[m].get(phase, {}).get(mode))}
+            timed = {m: grid.compute[m][phase][mode] for m, mode in modes.items()}
             speed = {m: Estimate(one["tokens_per_second"], one["low"], one["high"]) for m, one in timed.items()}
-            memory = {m: Spread(one["peak_memory_mib"], None) for m, one in timed.items()}
+            # None where the system told no memory.
+            memory = {m: Spread(one["peak_memory_mib"], None) for m, one in timed.items() if one["peak_memory_mib"] is not None}
             text = f"{name} in the mode of {of}"
             found += [
                 Measure(f"{text}, thousand tokens per second", speed, 2, 1e-3, "median of repeats"),
@@ -72,7 +73,7 @@ def _pretrained(grid: Grid) -> list[Measure]:
     elif unit == "bpc":
         compared = ", ".join(f"{k} {v:.3f}" for k, v in references["bits_per_character"].items())
     else:
-        compared = ", ".join(f"{k} {v:.0f}" for k, v in references.get("perplexity", {}).items())
+        compared = ", ".join(f"{k} {v:.0f}" for k, v in references["perplexity"].items())
     rows = [
         Measure(f"test {name}", {m: _test(grid, m, grid.modes(m)[0]) for m in grid.methods}, digits, scale, compared),
         *(

@@ -4,6 +4,7 @@ import random
 import socket
 import stat
 import tarfile
+import warnings
 import zipfile
 
 import pytest
@@ -212,6 +213,19 @@ def test_names_that_lead_out_are_refused(tmp_path, kind, name):
     with pytest.raises(Failure, match=f"{kind}: the name .*x leads out of the archive's folder") as caught:
         read(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar"])
+def test_a_name_that_comes_twice_is_refused(tmp_path, kind):
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of zipfile
+        if kind == "a.zip":
+            with zipfile.ZipFile(tmp_path / kind, "w") as archive:
+                archive.writestr("x", "one")
+                archive.writestr("x", "two")
+        else:
+            pack(tmp_path / kind, {"x": b"one"}, x=tarfile.REGTYPE)
+    with pytest.raises(Failure, match=f"{kind}: holds x twice; fetch it from its source"):
+        read(tmp_path / kind)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])

@@ -1,3 +1,4 @@
+import gzip
 import json
 import lzma
 import random
@@ -45,7 +46,8 @@ def test_a_text_file_is_cut_90_5_5(tmp_path):
     content = "\u00e4" * 901 + "y" * 50 + "z" * 50
     (tmp_path / "a.TXT").write_text(content)
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(content.encode()))
-    for name in ("a.TXT", "a.txt.xz"):
+    (tmp_path / "a.txt.GZ").write_bytes(gzip.compress(content.encode()))
+    for name in ("a.TXT", "a.txt.xz", "a.txt.GZ"):
         corpus = load_corpus(name, tmp_path)
         assert [text(corpus[split]) for split in SPLITS] == ["\u00e4" * 901, "y" * 50, "z" * 50]
         assert [len(list(corpus[split])) for split in SPLITS] == [1, 1, 1]
@@ -91,6 +93,8 @@ GOOD = [{"text": "a", "split": split} for split in SPLITS]
         ("c.jsonl", b"\xff\xfe", r"not UTF-8 at byte 0; convert"),
         ("c.jsonl.xz", lzma.compress(_lines(*GOOD))[:-20], r"truncated or damaged"),
         ("c.jsonl.xz", b"no archive", r"truncated or damaged"),
+        ("c.jsonl.gz", gzip.compress(_lines(*GOOD))[:-20], r"truncated or damaged"),
+        ("c.jsonl.gz", b"no archive", r"truncated or damaged"),
         ("c.txt", b"", r"the train split is empty"),
         ("c.txt", b"ok" * 50 + b"\xe9", r"not UTF-8 at byte 100"),
         ("c.txt", b"ok\n" * 500_000 + b"\xe9", r"not UTF-8 at byte 1500000"),

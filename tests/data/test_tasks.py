@@ -1,3 +1,5 @@
+import bz2
+import gzip
 import lzma
 
 import pytest
@@ -58,9 +60,10 @@ def test_json_lines_with_integer_labels_plain_or_compressed(tmp_path):
     text = "".join(f'{{"text": "a, \\"b\\"", "label": {label}, "split": "{split}"}}\n' for split in SPLITS for label in (0, 1))
     (tmp_path / "t.jsonl").write_text(text)
     (tmp_path / "t.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     task = load_task("t.jsonl", {}, tmp_path, 0)
     assert task.labels == ("0", "1")
-    assert load_task("t.jsonl.xz", {}, tmp_path, 0) == task
+    assert load_task("t.jsonl.xz", {}, tmp_path, 0) == load_task("t.jsonl.gz", {}, tmp_path, 0) == task
 
 
 HEAD = "text,label,split\na,x,train\nb,y,train\nc,x,valid\n"
@@ -97,5 +100,17 @@ def test_names_and_corpora_that_do_not_fit(tmp_path):
         load_task("eras", {}, tmp_path, 0)
     with pytest.raises(UsageError, match="documents without a year"):
         load_task("era", {split: [Document("d", "text")] for split in SPLITS}, tmp_path, 100)
+    for name, content in (
+        ("t.txt", b"a b c"),
+        ("t.json", b"[]"),
+        ("t.csv.bz2", bz2.compress(HEAD.encode())),
+        ("t.gz", gzip.compress(HEAD.encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=rf"data\.tasks has '{name}': expected a file \.jsonl or \.csv \(or these with"):
+            load_task(name, {}, tmp_path, 0)
+    (tmp_path / "t.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(Failure, match=r"t\.tar\.gz: truncated or damaged"):
+        load_task("t.tar.gz", {}, tmp_path, 0)
     with pytest.raises(Failure, match="run `vqmoe prepare` again"):
         read_task(tmp_path / "task")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from pipeline.errors import Failure
 from pipeline.evaluation import exhibits as module
 from pipeline.evaluation.exhibits import exhibits
 from pipeline.evaluation.plots import Point
@@ -198,3 +199,11 @@ def test_one_method_without_choice_has_fewer_figures(tmp_path):
         and "code-load-era" not in names
     )
     assert {"training", "severity-era", "degradation", "accuracy-compute"} <= set(names)
+
+
+def test_layers_of_unlike_load_are_an_error(grid):
+    other = dataclasses.replace(grid, tables=grid.tables | {"load": grid.tables["load"][1:]})
+    with pytest.raises(
+        Failure, match=r"load of vqmoe, mode both: language has layers with more experts than others; run `dvc repro`"
+    ):
+        list(module._load(other, "language"))

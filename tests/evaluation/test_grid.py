@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -78,6 +79,9 @@ def test_methods_under_other_conditions_are_an_error(grid):
         left(lambda row: not lost.items() <= row.items()).check()
     with pytest.raises(Failure, match="scores of smoe, seed 0: era has no clean at 0"):
         left(lambda row: row["model"] != "era" or row["method"] != "smoe").check()
+    clean = {"method": "vqmoe", "seed": 2, "mode": "both", "kind": "clean"}
+    with pytest.raises(Failure, match="scores of vqmoe, seed 2: language has nothing clean in mode both"):
+        left(lambda row: not clean.items() <= row.items()).check()
     with pytest.raises(Failure, match="scores of vqmoe: none of the pre-trained model"):
         left(lambda row: False).modes("vqmoe")
 
@@ -85,6 +89,19 @@ def test_methods_under_other_conditions_are_an_error(grid):
 def test_a_column_that_is_empty_has_no_mean(grid):
     assert grid.by_seed(grid.scores("dense", "era", "noise"), "dense", "consistency") is None
     assert grid.by_seed(grid.scores("smoe", "era", "noise"), "smoe", "consistency") == pytest.approx([0.9 - 0.06] * 3)
+
+
+def test_other_units_than_those_of_all_are_an_error(grid):
+    def changed(units):
+        own = grid.units["smoe"]
+        return dataclasses.replace(grid, units=grid.units | {"smoe": [own[0], own[1] | units, own[2]]})
+
+    name = "era/router/swap/0.1/score"
+    for wrong_U in (np.ones(29), np.ones((30, 1)), np.array(1.0)):
+        with pytest.raises(Failure, match=rf"units of smoe, seed 1: {name} is of shape {re.escape(str(wrong_U.shape))}"):
+            changed({name: wrong_U}).check()
+    with pytest.raises(Failure, match="units of smoe, seed 1: toy/groups are not in all units"):
+        changed({"toy/groups": np.arange(30)}).check()
 
 
 def test_units_that_are_not_those_of_the_scores_are_an_error(grid):

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -163,7 +165,15 @@ def test_damaged_pictures_are_one_line(params, model_of, tmp_path):
 
     pictures(model_of("smoe"), "router", TEST, params.robustness, 0).save(tmp_path)
     assert Pictures.load(tmp_path).code_LSVRK is None
-    path = tmp_path / "pictures.safetensors"
+    path, named = tmp_path / "pictures.safetensors", json.loads((tmp_path / "pictures.json").read_text())
+    for name in named:
+        (tmp_path / "pictures.json").write_text(json.dumps(named | {name: named[name][1:]}))
+        with pytest.raises(Failure, match=r"pictures\.safetensors: damaged, not the images and blocks .*run `dvc repro`"):
+            Pictures.load(tmp_path)
+        (tmp_path / "pictures.json").write_text(json.dumps({other: named[other] for other in named if other != name}))
+        with pytest.raises(Failure, match=rf"pictures\.safetensors: missing or damaged \('{name}'\); run `dvc repro`"):
+            Pictures.load(tmp_path)
+    (tmp_path / "pictures.json").write_text(json.dumps(named))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(Failure, match=r"pictures\.safetensors: missing or damaged .*run `dvc repro`"):
         Pictures.load(tmp_path)

@@ -300,9 +300,10 @@ def test_groups_widen_the_interval_of_values_that_are_alike_in_them(rng):
     assert grouped.high - grouped.low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(20), rel=0.1)
 
 
-def test_groups_of_other_units_are_an_error():
-    with pytest.raises(Failure, match="era: 6 units, but groups of 5"):
-        Draws(1, 50, {"era": np.arange(5)}).means(np.ones((1, 6)), "era")
+@pytest.mark.parametrize("groups", [np.arange(5), np.array(1), np.ones((6, 2), int), np.ones(6), np.arange(6) - 1])
+def test_groups_of_other_units_are_an_error(groups):
+    with pytest.raises(Failure, match="era: 6 units, but not as many numbers of groups"):
+        Draws(1, 50, {"era": groups}).means(np.ones((1, 6)), "era")
 
 
 def drawn_units(draws, size):

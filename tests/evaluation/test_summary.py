@@ -6,6 +6,8 @@ import pytest
 from pipeline.evaluation.statistics import Estimate
 from pipeline.evaluation.summary import Spread, measures, severity_area, spread, timings
 
+PHASES = ("train", "finetune", "infer")
+
 
 @pytest.fixture(scope="module")
 def rows(grid):
@@ -96,6 +98,14 @@ def test_no_timing_is_among_the_measures_and_timings_know_the_modes(grid, rows):
     assert found["inference in the mode of inference, peak memory MiB"]["dense"] == Spread(512.0, None)
 
 
+def test_memory_that_the_system_does_not_tell_is_left_out(grid):
+    untold = {phase: {"dense": grid.compute["dense"][phase]["dense"] | {"peak_memory_mib": None}} for phase in PHASES}
+    other = dataclasses.replace(grid, compute=grid.compute | {"dense": grid.compute["dense"] | untold})
+    found = {measure.name: measure.values for measure in timings(other)}
+    assert found["inference in the mode of inference, peak memory MiB"].keys() == {"vqmoe", "smoe"}
+    assert "dense" in found["inference in the mode of inference, thousand tokens per second"]
+
+
 def test_rows_are_those_of_the_unit_there_is(grid):
     def words(metrics):
         return {
@@ -105,7 +115,7 @@ def test_rows_are_those_of_the_unit_there_is(grid):
 
     results = {key: {m: list(map(words, found)) for m, found in by.items()} for key, by in grid.results.items()}
     references = grid.prepared["references"] | {"perplexity": {"unigram": 950.2}}
-    other = dataclasses.replace(grid, results=results, prepared=grid.prepared | {"references": references})
+    other = dataclasses.replace(grid, unit="perplexity", results=results, prepared=grid.prepared | {"references": references})
     first, second, *rest = measures(other)
     assert (first.name, first.digits, first.note) == ("test perplexity", 2, "unigram 950")
     assert second.name == "- discrete path alone"

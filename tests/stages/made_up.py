@@ -35,7 +35,10 @@ def write(root, given, kinds=("swap", "delete", "keyboard"), rates=(0.02, 0.1)):
     examples = {task: {"train": 1000, "valid": 100, "test": 200} for task in given.data.tasks}
     references = {"bits_per_character": {"gzip": 2.5, "bz2": 1.9, "xz": 2.1, "unigram": 4.1}}
     references |= {"classifier": "TF-IDF", "tasks": linear}
-    _result(paths.result("prepare"), {"tokens": {"train": 9_142_210}, "examples": examples, "references": references})
+    _result(
+        paths.result("prepare"),
+        {"tokens": {"train": 9_142_210, "valid": 932_416, "test": 749_197}, "examples": examples, "references": references},
+    )
     for place, method in enumerate(grid.methods):
         _result(paths.result("compute", Cell(method, 0)), _compute(MODES.get(method, ("router",))))
         for seed in grid.seeds:
@@ -126,7 +129,7 @@ def _cell(paths, given, place, method, seed, kinds, rates):
             )
         for layer in range(3):
             # What a layer does not have has no column: not even an empty one, where no layer of a method has it.
-            row = {"model": model, "mode": mode, "layer": layer}
+            row = {"model": model, "mode": mode, "layer": layer, "consistency": None, "kappa": None}
             if chooses:
                 names = "consistency kappa imbalance entropy variation unused margin output_cosine cka".split()
                 row |= {name: rng.random() for name in names} | {"effective_rank": 20 + layer}

@@ -1,13 +1,17 @@
+import csv
 import json
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from cli import main
+from pipeline.config import TextData
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
 from stages import report
 from stages.paths import Cell
@@ -110,13 +114,69 @@ def test_a_score_that_is_no_number_is_an_error(small, value):
         report.read(params, paths)
 
 
+# What some methods and params have nothing of, and the report does without.
+OPTIONAL = ("test.bpc_discrete", "code_error", "scratch", "finetune/vqmoe-s0/era/units.safetensors groups")
+OF_LAYERS = "imbalance entropy variation unused margin output_cosine cka effective_rank utilisation perplexity".split()
+
+
+def lacking(path):
+    """A key, column or array that a file may lack, and its content without it; no name where only the values are gone."""
+    if path.suffix == ".json":
+        yield from ((name, json.dumps(value).encode()) for name, value in _lacking(json.loads(path.read_text())))
+    elif path.suffix == ".csv":
+        heads, *lines = csv.reader(path.open(newline=""))
+        for place, head in enumerate(heads):
+            rows = [(*line[:place], *line[place + 1 :]) for line in (heads, *lines)]
+            yield head, "\n".join(map(",".join, rows)).encode()
+            rows = [heads, *((*line[:place], "", *line[place + 1 :]) for line in lines)]
+            yield None, "\n".join(map(",".join, rows)).encode()
+    else:
+        arrays = load_file(path)
+        yield from ((name, save({key: array for key, array in arrays.items() if key != name})) for name in arrays)
+
+
+def _lacking(value):
+    for key, below in value.items():
+        yield key, {name: one for name, one in value.items() if name != key}
+        yield None, value | {key: None}
+        if isinstance(below, dict):
+            yield from ((name and f"{key}.{name}", value | {key: less}) for name, less in _lacking(below))
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "warmup", "finetune", "robustness", "compute"])
+def test_whatever_a_file_lacks_is_one_line(tmp_path, stage):
+    params = made_up.params(methods=("vqmoe",), seeds=(0,), tasks=("era",), resamples=50)
+    paths = made_up.write(tmp_path, params, kinds=("swap",), rates=(0.1,))
+    told = 0
+    for path in [path for path in sorted(tmp_path.rglob("*.*")) if f"/{stage}" in str(path) and path.is_file()]:
+        whole = path.read_bytes()
+        for lacks, content in lacking(path):
+            path.write_bytes(content)
+            try:
+                report.show(report.read(params, paths))
+            except Failure as error:
+                assert str(error).endswith("; run `dvc repro`") and "\n" not in str(error)
+                if lacks is not None:
+                    assert str(error).startswith(f"{path}: ") and (lacks in str(error) or path.name == "confusion.csv"), error
+                    told += 1
+            else:
+                assert lacks is None or f"{path} {lacks}".endswith((*OPTIONAL, *(f"layers.csv {name}" for name in OF_LAYERS)))
+        path.write_bytes(whole)
+    assert told >= 5
+
+
+def test_a_model_is_scored_in_the_unit_of_its_tokenizer():
+    kinds = get_args(TextData.model_fields["tokenizer"].annotation)
+    assert report.UNITS == {kind: Tokenizer.make(kind, ["a b"], 300).unit for kind in kinds}
+
+
 def test_damaged_files_are_one_line(small):
     params, paths = small
     table = paths.out / "outputs/pretrain/smoe-s0/history.csv"
     whole = table.read_text()
-    for damaged in ("", "step,valid/bpc\n400\n"):
+    for damaged in ("", "\n", "step,valid/bpc\n400\n", "step,valid/bpc\n"):
         table.write_text(damaged)
-        with pytest.raises(Failure, match=r"history\.csv: damaged"):
+        with pytest.raises(Failure, match=r"history\.csv: (damaged|step is \[\]: list should have at least 1 item)"):
             report.read(params, paths)
     table.write_text(whole)
     (paths.out / "outputs/robustness/smoe-s0/units.safetensors").write_bytes(b"no")
