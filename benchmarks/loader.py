@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from pipeline import config
 from pipeline.data.batches import token_batch
@@ -26,6 +25,7 @@ from pipeline.moe.layer import SETTINGS
 from pipeline.training.optim import adam
 from pipeline.training.problems import Language, Pictures, Problem
 from pipeline.training.seeding import seed_everything
+from stages.compute import training_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -77,20 +77,10 @@ def _params(file: str) -> Any:
     return config.load(ROOT / file, SETTINGS, ())
 
 
-def _step(problem: Problem, given: config.Training) -> Callable[[], None]:
+def _step(problem: Problem, given: config.Training) -> Callable[[], object]:
     model = problem.fresh()
     optimizer = adam(model, given.learning_rate, given.beta2, given.weight_decay)
-    objective, steps = problem.objective(model, model.train_mode), count(1)
-    model.train()
-
-    def step() -> None:
-        loss, _ = objective(next(steps))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), given.clip)
-        optimizer.step()
-
-    return step
+    return training_step(model, optimizer, problem.objective(model, model.train_mode), given)
 
 
 def main() -> None:

@@ -110,9 +110,9 @@ from a random place in training and scored by its first 512.
 The first `prepare` downloads corpus and task; [data/README.md](../data/README.md) has sizes, splits, licences, and what to do
 without a network.
 
-The `paper` presets ask for a GPU, in bfloat16 (`machine`). For enwik8's Transformer-XL, 100,000 steps of 44 x 512 tokens at 3 x 23
-MFLOPs, forward and backward, are 1.6e17 operations per method: on a CPU with `machine.device: cpu` and `machine.precision: fp32`
-18 days at a sustained 100 billion per second. None of the `paper` presets has been trained here.
+The `paper` presets ask for a GPU, in bfloat16 (`machine`). For enwik8's Transformer-XL, 100,000 steps of 44 x 512 tokens at 3 x
+23 MFLOPs, forward and backward, are 1.6e17 operations per method: on a CPU, with `machine.device: cpu` and `machine.precision:
+fp32`, 18 days at a sustained 100 billion per second. None of the `paper` presets has been trained here.
 
 `python docs/presets.py` writes this page.
 """

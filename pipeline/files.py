@@ -5,9 +5,11 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,13 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             total.update(f"{file.relative_to(path).as_posix()} {digest(file, algorithm)}\n".encode())
         return total.hexdigest()
+    known = path.stat()
+    return _digest(path, algorithm, (known.st_ino, known.st_size, known.st_mtime_ns))
+
+
+# A stage wants the digests of its inputs for its key, its tags and its check.
+@lru_cache(maxsize=4096)
+def _digest(path: Path, algorithm: str, _: tuple[int, ...]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
@@ -102,14 +111,19 @@ def _temporary(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error, path.parent) from error
-    # What a process that was killed has left.
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not alive(int(left.name.split(".")[-2])):
+    # What a process that was killed has left, perhaps between the two renames of a folder.
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        found = re.fullmatch(r"\.(\d+)\.(tmp|old)", left.name.removeprefix(f".{path.name}"))
+        if found is None or _alive(int(found[1])):
+            continue
+        if found[2] == "old" and not path.exists():
+            os.replace(left, path)
+        else:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def alive(pid: int) -> bool:
+def _alive(pid: int) -> bool:
     """Whether there is a process of that number."""
     try:
         os.kill(pid, 0)

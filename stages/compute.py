@@ -70,7 +70,7 @@ def _works(params: SimpleNamespace, source: Problem, model: nn.Module, task: Pro
     pretrain, finetune = params.pretrain, params.finetune
     optimizer = adam(model, pretrain.learning_rate, pretrain.beta2, pretrain.weight_decay)
     # Codes start in the first step. Half-way through a router's schedule a number of experts that grows is at its mean.
-    _training(model, optimizer, source.objective(model, model.train_mode), pretrain)()
+    training_step(model, optimizer, source.objective(model, model.train_mode), pretrain)()
     model.begin_step(0.5)
     tuned = task.fresh()
     task.backbone(tuned).load_state_dict(model.state_dict())
@@ -81,13 +81,13 @@ def _works(params: SimpleNamespace, source: Problem, model: nn.Module, task: Pro
     works = {}
     for mode in model.modes[:2]:
         objective = source.objective(model, mode)
-        works[f"train/{mode}"] = _training(model, optimizer, objective, pretrain)
-        works[f"finetune/{mode}"] = _training(tuned, tuning, task.objective(tuned, mode), finetune)
+        works[f"train/{mode}"] = training_step(model, optimizer, objective, pretrain)
+        works[f"finetune/{mode}"] = training_step(tuned, tuning, task.objective(tuned, mode), finetune)
         works[f"infer/{mode}"] = _inference(model, objective)
     return works
 
 
-def _training(model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, training: Training) -> Work:
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, training: Training) -> Work:
     """One step of `fit` per call."""
     steps = count(1)
 

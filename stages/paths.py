@@ -26,8 +26,8 @@ SECTIONS = {
     "report": ("grid", "data", "report"),
 }
 
-# Code each stage depends on. Not among it: cli.py, stages/{execute,orphan,resume}.py and pipeline/tracking, which start
-# a stage and record it but have no part in its results.
+# Code each stage depends on. Not among it: cli.py, stages/{execute,grid,orphan,resume,reproduce}.py and pipeline/tracking,
+# which start a stage and record it but have no part in its results.
 COMMON_CODE = ("pipeline/errors.py", "pipeline/files.py", "stages/paths.py")
 _TRAINING = (
     "pipeline/config.py",

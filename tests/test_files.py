@@ -56,3 +56,24 @@ def test_digest_of_a_folder_sees_names_and_contents(tmp_path):
     renamed = digest(tmp_path / "d")
     (tmp_path / "d/b").write_text("2")
     assert len({before, renamed, digest(tmp_path / "d")}) == 3
+
+
+def test_a_kill_between_the_renames_of_a_folder_loses_nothing(tmp_path):
+    """The folder before was already aside, the new one not yet in its place."""
+    before, half = tmp_path / ".out.999999999.old", tmp_path / ".out.999999999.tmp"
+    for folder, text in ((before, "good"), (half, "half")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    (tmp_path / ".out.notes.tmp").write_text("of somebody else")
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert (tmp_path / "out/file").read_text() == "good"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.notes.tmp", "out"]
+
+
+def test_a_file_that_changed_has_another_digest(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("one")
+    before = digest(path)
+    path.write_text("two")
+    assert digest(path) != before

@@ -118,13 +118,8 @@ class _EachExpert(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_MD, w1_EDH, w2_EHD, table_CD, weight_NK, y_RD, code_R, token_R, source_R, row_R, place_NK, *kept = ctx.saved_tensors
         wants_x, *wants, wants_weight, wants_table = ctx.needs_input_grad[:7]
-        rows, like = ctx.rows, x_MD.new_empty
-        dw1_EDH, db1_EH, dw2_EHD, db2_ED = (
-            like(w1_EDH.shape),
-            like(w1_EDH.shape[::2]),
-            like(w2_EHD.shape),
-            like(w2_EHD.shape[::2]),
-        )
+        rows, dw1_EDH, dw2_EHD = ctx.rows, torch.empty_like(w1_EDH), torch.empty_like(w2_EHD)
+        db1_EH, db2_ED = (one.new_empty(one.shape[::2]) for one in (w1_EDH, w2_EHD))
         dx_RD, dweight_R1 = _with_zeros(x_MD, len(token_R)), grad.new_zeros(len(token_R) + 1, 1)
         dtable_CD = torch.zeros_like(table_CD) if wants_table else None
         # Without weights each assignment has a gradient of its own, with them each token.

@@ -107,9 +107,9 @@ def _tree(path: Path) -> Tree:
 
         def full(tree: Tree) -> Tree:
             if isinstance(tree, dict):
-                return (
-                    file.get_tensor(str(tree[_TENSOR])) if _TENSOR in tree else {key: full(value) for key, value in tree.items()}
-                )
+                if _TENSOR in tree:
+                    return file.get_tensor(str(tree[_TENSOR]))
+                return {key: full(value) for key, value in tree.items()}
             return [full(value) for value in tree] if isinstance(tree, list) else tree
 
         return full(json.loads(file.metadata()["tree"]))

@@ -31,7 +31,7 @@ def paths(tmp_path):
 
 def _params(tiny_params, method, *overrides):
     params = tiny_params("model.context=16", "model.evaluate_context=16", "finetune.crop=8", *overrides)
-    chosen = params.select(("data.view", "model", "pretrain", "finetune"), method)
+    chosen = params.select(("data.view", "model", "pretrain", "finetune", "machine"), method)
     chosen.compute = SimpleNamespace(repeats=6)
     return chosen
 
