@@ -17,7 +17,7 @@ setup: .venv/installed  ## install into .venv
 	touch $@
 
 test: lint  ## all tests
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadscope
 
 lint: setup
 	ruff check .
