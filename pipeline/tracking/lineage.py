@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.errors import Failure
 from pipeline.files import digest
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "tokenizers", "pillow", "mlflow", "dvc")
@@ -49,13 +50,18 @@ def diff(root: Path) -> str:
     """Changes against the commit as `git apply` takes them, new files that git does not ignore among them; "" when clean.
 
     The first line, LEFT_OUT, names new files that DIFF_LIMIT bytes have no room for; changes of more characters end with CUT.
+    Raises Failure where no temporary file can be written.
     """
     new, left_out, room = [], [], DIFF_LIMIT
     for size, name in sorted(_new_files(root)):
         room -= size
         (new if room >= 0 else left_out).append(name)
     # Git shows new files once the index has their names; a copy of the index, for the user's own is not to be touched.
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise Failure(f"no temporary folder can be made ({error}); free space there, or set TMPDIR to another place") from None
+    with temporary as folder:
         index = Path(folder) / "index"
         try:
             shutil.copy(root / git(root, "rev-parse", "--git-path", "index").strip(), index)
