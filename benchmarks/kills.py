@@ -177,8 +177,9 @@ def main() -> None:
         finish(whole)
         kills, torn = [], []
         often: Counter[str] = Counter()
+        most = math.ceil(1.25 * arguments.kills / len(STAGES))  # more than its share: a stage may end before it is killed
         while len(kills) < arguments.kills and len(torn) <= len(kills):
-            found = kill(killed, rng, arguments.longest, often, -(-arguments.kills // len(STAGES)) + 1)
+            found = kill(killed, rng, arguments.longest, often, most)
             if found is None:
                 break
             if found[0] == "torn":

@@ -165,7 +165,9 @@ def _manifest(data: Any, paths: Paths, inputs: Iterable[Path]) -> dict[str, Any]
     for place in (_split(data, paths, "train"), _split(data, paths, "test"), *map(paths.task, data.tasks)):
         if not place.exists():
             raise Failure(f"{place}: not found; {remedy}")
-    for name, sha256 in manifest.get("sha256", {}).items():
+    if not isinstance(digests := manifest.get("sha256"), dict):
+        raise Failure(f"{path}: has no sha256 of what it describes; {remedy}")
+    for name, sha256 in digests.items():
         place = paths.data / name
         if any(place.is_relative_to(given) for given in inputs) and not (place.exists() and digest(place) == sha256):
             raise Failure(f"{place}: not as `vqmoe prepare` left it; {remedy}")

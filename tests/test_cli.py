@@ -277,6 +277,7 @@ def test_bad_data(vqmoe, workspace, tmp_path, name, content, parts):
         ("outputs/data/source/valid.npy", None, "pretrain", ["valid.npy: not as `vqmoe prepare` left it", "vqmoe prepare"]),
         ("outputs/data/source/train.npy", "flip", "pretrain", ["train.npy: not as `vqmoe prepare` left it", "vqmoe prepare"]),
         ("outputs/data/manifest.json", b"[]", "pretrain", ["manifest.json: holds list"]),
+        ("outputs/data/manifest.json", "unsigned", "pretrain", ["manifest.json: has no sha256", "vqmoe prepare"]),
         ("outputs/data/manifest.json", b"{}", "pretrain", ["manifest.json: corpus is None there"]),
         ("results/prepare.json", b"{}", "pretrain", ["prepare.json: has no run_id and metrics"]),
         ("results/prepare.json", b"[]", "report", ["prepare.json: has no run_id and metrics"]),
@@ -290,6 +291,9 @@ def test_damage_between_stages(vqmoe, workspace, name, content, stage, parts):
         there = bytearray((workspace / name).read_bytes())
         there[-1] ^= 1
         (workspace / name).write_bytes(there)
+    elif content == "unsigned":
+        manifest = json.loads((workspace / name).read_text())
+        (workspace / name).write_text(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
     else:
         (workspace / name).write_bytes(content)
     results = (f"results/{stage}" for stage in (*GRID_STAGES, "compute"))

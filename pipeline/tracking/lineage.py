@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.errors import Failure
 from pipeline.files import digest
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "tokenizers", "pillow", "mlflow", "dvc")
@@ -49,6 +50,7 @@ def diff(root: Path) -> str:
     """Changes against the commit as `git apply` takes them, new files that git does not ignore among them; "" when clean.
 
     The first line, LEFT_OUT, names new files that DIFF_LIMIT bytes have no room for; changes of more characters end with CUT.
+    Raises Failure where no temporary file can be written.
     """
     new, left_out, room = [], [], DIFF_LIMIT
     for size, name in sorted(_new_files(root)):
@@ -56,7 +58,11 @@ def diff(root: Path) -> str:
         (new if room >= 0 else left_out).append(name)
     # Git shows new files once the index has their names; a copy of the index, for the user's own is not to be touched. It keeps
     # its time: files as old as the index may have changed since, and only their content tells.
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise Failure(f"no temporary folder can be made ({error}); free space there, or set TMPDIR to another place") from None
+    with temporary as folder:
         index = Path(folder) / "index"
         try:
             shutil.copy2(root / git(root, "rev-parse", "--git-path", "index").strip(), index)

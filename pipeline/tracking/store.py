@@ -7,7 +7,9 @@ import platform
 import re
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -15,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from pipeline.errors import Failure
+from pipeline.files import output_file
 from pipeline.tracking.journal import Journal, Sent
 
 if TYPE_CHECKING:
@@ -96,19 +99,28 @@ def connect(root: Path) -> "MlflowClient":
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes that initialise one empty database crash each other: the first makes it, the others wait.
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            path.touch()
+        if not path.exists() or not path.stat().st_size:
+            _make(path)
         # MLflow keeps a file open that has been deleted or replaced; another spelling of its path opens the new one.
         while _opened.setdefault(uri, database_file(root)) != database_file(root):
             uri = f"{uri.removesuffix(path.name)}./{path.name}"
-        client = MlflowClient(tracking_uri=uri)
-        if not path.stat().st_size:
-            client.search_experiments(max_results=1)
-            with sqlite3.connect(path) as database:
-                # Write-ahead logging, remembered in the file: readers do not wait for writers, and a write costs a quarter.
-                database.execute("PRAGMA journal_mode=WAL")
-            database.close()
-    return client
+        return MlflowClient(tracking_uri=uri)
+
+
+def _make(path: Path) -> None:
+    """The embedded database, whole or not at all: of one with some of its tables MLflow neither makes the rest nor uses it."""
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory() as folder, output_file(path) as whole:
+        MlflowClient(tracking_uri=f"sqlite:///{folder}/made.db").search_experiments(max_results=1)
+        # A copy, since MLflow keeps the one that it has made open.
+        with closing(sqlite3.connect(f"{folder}/made.db")) as database:
+            database.execute("VACUUM INTO ?", [str(whole)])
+        with closing(sqlite3.connect(whole)) as database:
+            # Write-ahead logging, remembered in the file: readers do not wait for writers, and a write costs a quarter.
+            database.execute("PRAGMA journal_mode=WAL")
+        for left in ("-wal", "-shm"):  # of one that was deleted: they would be taken for this one's
+            path.with_name(f"{path.name}{left}").unlink(missing_ok=True)
 
 
 def database_file(root: Path) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ import subprocess
 import pytest
 import torch
 
+from pipeline.errors import Failure
 from pipeline.tracking import lineage
 
 
@@ -126,3 +127,9 @@ def test_files_of_the_repository_that_an_experiment_was_copied_from_are_named_fr
         path.parent.mkdir(parents=True)
         path.touch()
     assert {*lineage.digests([archive, copy / "params.yaml"], copy, "in")} == {"md5.in.data/archives/a.zip", "md5.in.params.yaml"}
+
+
+def test_a_disk_without_room_for_a_temporary_file_is_one_line(repository, monkeypatch):
+    monkeypatch.setattr(lineage.tempfile, "tempdir", str(repository / "gone"))
+    with pytest.raises(Failure, match=r"no temporary folder can be made \(.*gone.*\); free space there, or set TMPDIR"):
+        lineage.diff(repository)

@@ -330,6 +330,24 @@ def test_a_clock_that_jumps_back_confuses_nothing(root, begin, monkeypatch):
     assert stored(root, run_id).data.metrics["a"] == 3.0
 
 
+def test_a_kill_while_the_database_is_made_leaves_none_that_is_half_made(tmp_path):
+    code = (
+        "import itertools, os, signal, sys, pathlib\nfrom alembic.ddl.impl import DefaultImpl\n"
+        "from pipeline.tracking import store\nmake, count = DefaultImpl.create_table, itertools.count()\n"
+        "def killed(*given, **more):\n    make(*given, **more)\n    next(count) < 3 or os.kill(os.getpid(), signal.SIGKILL)\n"
+        "DefaultImpl.create_table = killed\nstore.connect(pathlib.Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY)
+    assert done.returncode == -signal.SIGKILL
+    assert [experiment.name for experiment in store.connect(tmp_path).search_experiments()] == ["Default"]
+    assert {path.name for path in (tmp_path / ".mlflow").iterdir()} <= {
+        "mlflow.db",
+        "mlflow.lock",
+        "mlflow.db-wal",
+        "mlflow.db-shm",
+    }
+
+
 def test_a_locked_database_keeps_no_run_waiting(root, begin, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "END_SECONDS", 0.5)
     code = "import sqlite3, sys; d = sqlite3.connect(sys.argv[1]); d.execute('BEGIN EXCLUSIVE'); print(); input(); d.rollback()"
