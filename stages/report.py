@@ -221,7 +221,7 @@ def _arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
         arrays = load_file(path)
     except FileNotFoundError:
         raise Failure(f"{path}: not found; run `dvc repro`") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError) as error:  # the last two for a type that numpy lacks
         raise Failure(f"{path}: cannot be read ({error}); run `dvc repro`") from None
     forms.check(path, arrays, dict.fromkeys(wanted, Any))
     return arrays

@@ -74,7 +74,7 @@ class Pictures(NamedTuple):
             given = (arrays[name] for name in ("pixels", "label", "predicted"))
             blocks, expert, code = tuple(named["blocks"]), arrays["expert"], arrays.get("code")
             found = cls(tuple(named["conditions"]), *given, blocks, expert, code, nearest)
-        except (OSError, SafetensorError, LookupError, TypeError) as error:
+        except (OSError, SafetensorError, LookupError, AttributeError, TypeError) as error:
             raise Failure(f"{path}: missing or damaged ({error}); {remedy}") from None
         named = (len(blocks), *found.label_S.shape, len(found.conditions))
         shapes = [(len(blocks), *array.shape[:2]) for array in (found.predicted_SV, found.pixels_SVCHW)]

@@ -170,6 +170,10 @@ def test_a_model_is_scored_in_the_unit_of_its_tokenizer():
     assert report.UNITS == {kind: Tokenizer.make(kind, ["a b"], 300).unit for kind in kinds}
 
 
+# Types of safetensors that numpy lacks, and how many of them are eight bytes.
+LIES = (("BF16", 4), ("F8_E4M3", 8))
+
+
 def test_damaged_files_are_one_line(small):
     params, paths = small
     table = paths.out / "outputs/pretrain/smoe-s0/history.csv"
@@ -179,9 +183,11 @@ def test_damaged_files_are_one_line(small):
         with pytest.raises(Failure, match=r"history\.csv: (damaged|step is \[\]: list should have at least 1 item)"):
             report.read(params, paths)
     table.write_text(whole)
-    (paths.out / "outputs/robustness/smoe-s0/units.safetensors").write_bytes(b"no")
-    with pytest.raises(Failure, match=r"units\.safetensors: cannot be read"):
-        report.read(params, paths)
+    lies = [json.dumps({"a": {"dtype": kind, "shape": [size], "data_offsets": [0, 8]}}).encode() for kind, size in LIES]
+    for damaged in (b"no", *(len(head).to_bytes(8, "little") + head + bytes(8) for head in lies)):
+        (paths.out / "outputs/robustness/smoe-s0/units.safetensors").write_bytes(damaged)
+        with pytest.raises(Failure, match=r"units\.safetensors: cannot be read"):
+            report.read(params, paths)
 
 
 def test_a_unit_that_is_not_finite_is_an_error_and_leaves_no_report(small):
