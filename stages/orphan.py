@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 SECONDS = 1.0
+SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish")
 
 
 def stop_with_dvc() -> None:
     """Watch the dvc that started this process, if one did, and end as by SIGTERM when it has ended; where there is /proc."""
-    dvc = _dvc() if "DVC_STAGE" in os.environ else None
-    if dvc is None:
+    if "DVC_STAGE" not in os.environ or not _stat(os.getpid()):
         return
+    dvc = _dvc()
 
     def watch() -> None:
         while _started(dvc[0]) == dvc[1]:
@@ -25,20 +26,24 @@ def stop_with_dvc() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _dvc() -> tuple[int, str] | None:
-    """Process and start of the nearest ancestor that is dvc, of this process's parent if none is."""
-    pid = parent = os.getppid()
-    while pid > 1:
+def _dvc() -> tuple[int, str]:
+    """Process and start of the nearest ancestor that is dvc, or else that is no shell, such as a program that uses dvc's API.
+
+    Where that is the one which takes over orphans, dvc was gone before this process could look: no process starts at "".
+    """
+    ancestors, pid = [], os.getppid()
+    while pid > 0:
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             break
-        if any(Path(os.fsdecode(word)).name == "dvc" for word in words[:3]):
-            parent = pid
-            break
+        ancestors.append((pid, [Path(os.fsdecode(word)).name for word in words[:3]]))
         pid = int(_stat(pid)[1])
-    start = _started(parent)
-    return (parent, start) if start else None
+    for pid, names in ancestors:
+        if "dvc" in names:
+            return pid, _started(pid) or ""
+    pid, names = next(((pid, names) for pid, names in ancestors if names[0] not in SHELLS), (1, ["init"]))
+    return pid, "" if pid == 1 or names[0] == "systemd" else _started(pid) or ""
 
 
 def _started(pid: int) -> str | None:
