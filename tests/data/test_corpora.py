@@ -93,7 +93,7 @@ GOOD = [{"text": "a", "split": split} for split in SPLITS]
         ("c.jsonl", b"\xff\xfe", r"not UTF-8 at byte 0; convert"),
         ("c.jsonl.xz", lzma.compress(_lines(*GOOD))[:-20], r"truncated or damaged"),
         ("c.jsonl.xz", b"no archive", r"truncated or damaged"),
-        ("c.jsonl.gz", gzip.compress(_lines(*GOOD))[:-20], r"truncated or damaged"),
+        ("c.jsonl.gz", gzip.compress(_lines(*GOOD), mtime=0)[:-20], r"truncated or damaged"),
         ("c.jsonl.gz", b"no archive", r"truncated or damaged"),
         ("c.txt", b"", r"the train split is empty"),
         ("c.txt", b"ok" * 50 + b"\xe9", r"not UTF-8 at byte 100"),
