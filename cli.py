@@ -1,9 +1,13 @@
 """The command line. Heavy imports live inside the commands, so that help is instant."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import click
+
+SECONDS_OF_THE_FIRST = 3.0
 
 HELP = """Compare routing methods for sparse mixtures of experts, reproducibly.
 
@@ -31,13 +35,18 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from pipeline.errors import Failure, UsageError
 
+        rank = int(os.environ.get("RANK", 0))
         try:
             return super().invoke(ctx)
         except (UsageError, Failure) as error:
-            click.echo(f"vqmoe: {error}", err=True)
+            if rank:
+                # What all processes run into is said by the first, whose end ends the others.
+                time.sleep(SECONDS_OF_THE_FIRST)
+            click.echo(f"vqmoe: process {rank}: {error}" if rank else f"vqmoe: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("vqmoe: interrupted", err=True)
+            if not rank:
+                click.echo("vqmoe: interrupted", err=True)
             ctx.exit(130)
 
 
@@ -76,8 +85,11 @@ def _execute(name: str, params: Any, task: str | None = None) -> None:
     """Run a stage in the repository, of a cell where it has cells: the first of the grid."""
     from pipeline.errors import UsageError
     from stages.execute import execute
-    from stages.paths import Paths, cells
+    from stages.launch import launch
+    from stages.paths import TRAINING, Paths, cells
 
+    if name in TRAINING:
+        launch(params.machine.processes)
     if task is not None and task not in params.data.tasks:
         raise UsageError(f"task '{task}' is not one of data.tasks; there are: {', '.join(params.data.tasks)}")
     tasks = params.data.tasks if task is None else [task]
@@ -136,17 +148,21 @@ def compare(file: Path | None, overrides: tuple[str, ...]) -> None:
 @_with_params
 @_with_cell
 def train(file: Path | None, overrides: tuple[str, ...], method: str | None, seed: int | None) -> None:
+    from pipeline import ranks
     from pipeline.config import fingerprint
     from stages.execute import train as train_cell
+    from stages.launch import launch
     from stages.paths import Cell, Paths
 
     params = _load(file, overrides, method, seed)
+    launch(params.machine.processes)
     cell = Cell(params.grid.methods[0], params.grid.seeds[0])
     here = Paths.here()
     sections = params.select(set(type(params).model_fields) - {"grid", "methods", "tracking", "report"}, cell.method)
     out = here.root / "runs" / f"{cell.name}-{fingerprint(sections)[:8]}"
     train_cell(params, Paths(here.root, out), cell)
-    click.echo(f"Models and results: {out}")
+    if not ranks.rank():
+        click.echo(f"Models and results: {out}")
 
 
 @main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")

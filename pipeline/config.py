@@ -297,6 +297,7 @@ class Machine(Section):
 
     device: Literal["cpu", "cuda"]
     precision: Literal["fp32", "bf16"]
+    processes: Count
 
     @model_validator(mode="after")
     def _possible(self) -> "Machine":
@@ -346,6 +347,15 @@ class Params(Section):
             except ValidationError as error:
                 raise _Nested(name, error) from None
         return typed
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> "Params":
+        for stage in ("pretrain", "warmup", "finetune"):
+            if (batch := getattr(self, stage).batch) % self.machine.processes:
+                raise ValueError(
+                    f"machine.processes is {self.machine.processes}: must divide {stage}.batch ({batch}), of which each takes its part"
+                )
+        return self
 
     @model_validator(mode="after")
     def _methods_fit(self) -> "Params":

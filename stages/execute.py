@@ -2,23 +2,24 @@
 
 import fcntl
 import importlib
+import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from pipeline import tracking
+from pipeline import ranks, tracking
 from pipeline.config import Params, dump, flat
 from pipeline.data.corpora import exists, source
 from pipeline.data.tasks import task_source
 from pipeline.errors import Failure
 from pipeline.files import digest, read_json, write_json
-from pipeline.training.machine import at_work
+from pipeline.training.machine import at_work, together
 from stages.orphan import stop_with_dvc
 from stages.paths import GRID_STAGES, SECTIONS, TRAINING, UPSTREAM, Cell, Paths, cells, of_images, read_result
-from stages.resume import resumable
+from stages.resume import resumable, states_of
 
 # Files of outputs/data each stage reads for its own purpose, and what for: recorded as the run's datasets.
 DATASETS = {
@@ -33,8 +34,16 @@ LOCK_SECONDS = 5.0
 
 
 def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) -> dict[str, Any]:
-    """Run `stage` (of one cell of the grid, where it has cells) and return what its result file holds."""
+    """Run `stage` (of one cell of the grid, where it has cells) and return what its result file holds.
+
+    In a process that only shares another's training steps nothing is recorded, and nothing returned.
+    """
     chosen = params.select(SECTIONS[stage], cell.method if cell else None)
+    stop_with_dvc()
+    if ranks.rank():
+        if stage in TRAINING:
+            _share(stage, chosen, params, paths, cell)
+        return {}
     inputs = sources(params.data, paths.root) if stage == "prepare" else paths.inputs(stage, cell)
     for path in inputs:
         if not path.exists():
@@ -43,7 +52,6 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
     shown = flat({"data": params.data}) | flat(chosen) | place
     name = cell.name if cell else stage
     started = time.monotonic()
-    stop_with_dvc()
     with (
         resumable(stage, chosen, params.resume, paths, cell, inputs) as states,
         tracking.start(
@@ -70,7 +78,11 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
                     run.dataset(params.data.tasks[task], paths.task(task), context, profile)
         body = importlib.import_module(f"stages.{stage}").run
         given = (run.log, states) if stage in TRAINING else (run.log,)
-        with _enough_memory(stage, name), at_work(chosen.machine) if hasattr(chosen, "machine") else nullcontext():
+        with (
+            _enough_memory(stage, name),
+            at_work(chosen.machine) if hasattr(chosen, "machine") else nullcontext(),
+            together(chosen.machine) if stage in TRAINING else nullcontext(),
+        ):
             metrics = body(chosen, paths, cell, *given) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
         result = place | {"run_id": run.id, "metrics": metrics}
@@ -84,6 +96,19 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         if cell and (paths.output(stage, cell) / "model.safetensors").exists():
             run.model(paths.output(stage, cell), name=f"{stage}-{name}", metrics=_numbers(metrics))
     return result
+
+
+def _share(stage: str, chosen: Any, params: Params, paths: Paths, cell: Cell | None) -> None:
+    """Take part in the training steps of a stage that the first rank records. Before that one begins, inputs may be missing."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+        at_work(chosen.machine),
+        together(chosen.machine),
+    ):
+        states = states_of(stage, chosen, params.resume, paths, cell, paths.inputs(stage, cell))
+        importlib.import_module(f"stages.{stage}").run(chosen, paths, cell, lambda values, step: None, states)
 
 
 def _whole(lock: Path) -> str:

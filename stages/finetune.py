@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from safetensors.numpy import save
 from torch import nn
 
+from pipeline import ranks
 from pipeline.files import output_folder, write_rows
 from pipeline.training import checkpoint
 from pipeline.training.loop import Fitted, Log, fit
@@ -27,6 +28,12 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log, states: Sta
     for layer in problem.backbone(model).moe_layers:
         layer.freeze_assignment()
     fitted = _fit(problem, model, params, cell, log, states, "finetune")
+    if params.finetune.scratch:
+        seed_everything(cell.seed, "scratch")
+        fresh = problem.fresh()
+        _fit(problem, fresh, params, cell, log, states, "scratch")
+    if ranks.rank():
+        return {}
     mode = problem.backbone(model).infer_mode
     test = problem.test(model, mode)
     metrics = {
@@ -36,9 +43,6 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log, states: Sta
         "flops_per_token": problem.flops(model, mode),
     }
     if params.finetune.scratch:
-        seed_everything(cell.seed, "scratch")
-        fresh = problem.fresh()
-        _fit(problem, fresh, params, cell, log, states, "scratch")
         metrics["scratch"] = problem.test(fresh, mode).metrics
     with output_folder(paths.output("finetune", cell)) as folder:
         checkpoint.save(folder, model, problem.spec)

@@ -1,4 +1,4 @@
-"""A stage stops when its dvc is gone, so that the next dvc need not wait for it."""
+"""A stage stops when the dvc or the torchrun that started it is gone, so that the next one need not wait for it."""
 
 import os
 import signal
@@ -7,23 +7,32 @@ import threading
 import time
 from pathlib import Path
 
+LAUNCHER = "VQMOE_LAUNCHER"  # its process
 SECONDS = 1.0
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish")
 
 
 def stop_with_dvc() -> None:
-    """Watch the dvc that started this process, if one did, and end as by SIGTERM when it has ended; where there is /proc."""
-    if "DVC_STAGE" not in os.environ or not _stat(os.getpid()):
-        return
-    dvc = _dvc()
+    """Watch the dvc and the torchrun that started this process, if they did, and end as by SIGTERM when one has ended.
+
+    Where there is no /proc, nothing is watched.
+    """
+    watched = {}
+    if _stat(os.getpid()) and "DVC_STAGE" in os.environ:
+        watched["dvc"] = _dvc()
+    if _stat(os.getpid()) and "TORCHELASTIC_RUN_ID" in os.environ:
+        # Which it is, is said by the one that `launch` makes, in case that it was gone before this process could look.
+        parent = int(os.environ.get(LAUNCHER, os.getppid()))
+        watched["torchrun"] = (parent, _started(parent) or "")
 
     def watch() -> None:
-        while _started(dvc[0]) == dvc[1]:
+        while not (gone := [name for name, (pid, started) in watched.items() if _started(pid) != started]):
             time.sleep(SECONDS)
-        print("vqmoe: the dvc that started this stage is gone; the next `dvc repro` goes on from here", file=sys.stderr)
+        print(f"vqmoe: the {gone[0]} that started this stage is gone; the next run goes on from here", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if watched:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _dvc() -> tuple[int, str]:

@@ -32,6 +32,7 @@ COMMON_CODE = ("pipeline/errors.py", "pipeline/files.py", "stages/paths.py")
 _TRAINING = (
     "pipeline/config.py",
     "pipeline/progress.py",
+    "pipeline/ranks.py",
     "pipeline/data",
     "pipeline/models",
     "pipeline/moe",

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from safetensors.numpy import save
 
+from pipeline import ranks
 from pipeline.files import output_folder, write_rows
 from pipeline.models.transformer import Hidden
 from pipeline.progress import Progress
@@ -44,6 +45,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log, states: Sta
         states=states,
         carried={"history": history},
     )
+    if ranks.rank():
+        return {}
     tally, tested = RoutingTally(model), {}
     with Progress(f"test {cell.name}", total=len(model.modes) * problem.test_tokens(), unit="token") as progress:
 

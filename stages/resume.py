@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline import tracking
-from pipeline.config import Resume, fingerprint
+from pipeline.config import Resume, fingerprint, plain
 from pipeline.errors import Failure
 from pipeline.files import digest
 from pipeline.training.states import States
@@ -30,17 +30,31 @@ def resumable(
 
     Raises Failure if another process runs the same stage.
     """
-    name = f"{stage}-{cell.name}" if cell else stage
-    # In a copy that `dvc exp` runs in, the folder of the repository it was copied from.
-    root = Path(os.environ.get("DVC_ROOT", paths.root))
-    folder = root / ".resume" / f"{name}-{_fingerprint(stage, chosen, paths, cell, inputs)[:16]}"
+    states = states_of(stage, chosen, settings, paths, cell, inputs)
+    folder = states.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=WAIT_SECONDS):
-            yield States(folder, settings.steps, settings.seconds)
+            yield states
             shutil.rmtree(folder)
     except Timeout:
-        raise Failure(f"{folder}: another process runs {name} with the same params; wait for it, or stop it") from None
+        raise Failure(
+            f"{folder}: another process runs {_name(stage, cell)} with the same params; wait for it, or stop it"
+        ) from None
+
+
+def states_of(
+    stage: str, chosen: Any, settings: Resume, paths: Paths, cell: Cell | None, inputs: Iterable[Path]
+) -> States:
+    """The same without holding them."""
+    # In a copy that `dvc exp` runs in, the folder of the repository it was copied from.
+    root = Path(os.environ.get("DVC_ROOT", paths.root))
+    folder = root / ".resume" / f"{_name(stage, cell)}-{_fingerprint(stage, chosen, paths, cell, inputs)[:16]}"
+    return States(folder, settings.steps, settings.seconds)
+
+
+def _name(stage: str, cell: Cell | None) -> str:
+    return f"{stage}-{cell.name}" if cell else stage
 
 
 def _fingerprint(stage: str, chosen: Any, paths: Paths, cell: Cell | None, inputs: Iterable[Path]) -> str:
@@ -53,7 +67,10 @@ def _fingerprint(stage: str, chosen: Any, paths: Paths, cell: Cell | None, input
         "numpy": version("numpy"),
         "threads": tracking.threads(),
     }
-    return fingerprint(place | {"params": chosen, "inputs": [digest(path) for path in inputs], "code": files})
+    params = plain(chosen)
+    # Other processes may go on, if not to the bit.
+    params.get("machine", {}).pop("processes", None)
+    return fingerprint(place | {"params": params, "inputs": [digest(path) for path in inputs], "code": files})
 
 
 def _code(stage: str) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from pipeline import ranks
 from pipeline.files import output_folder, write_rows
 from pipeline.training import checkpoint
 from pipeline.training.loop import Log, fit
@@ -45,6 +46,8 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log, states: Sta
         label=f"warmup {cell.name}",
         states=states,
     )
+    if ranks.rank():
+        return {}
     after, best_step = _measure(problem, model), fitted.best_step
     if after[unit] >= before[unit]:
         # What does not help is not kept: neither new codes nor training.

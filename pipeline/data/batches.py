@@ -1,5 +1,7 @@
 """Token files and batches. A batch is a pure function of (seed, step): the same for every method, and nothing to resume.
 
+With a `part`, only these rows of it.
+
 Shapes: S segments, B batch, R rows, T positions.
 """
 
@@ -16,6 +18,8 @@ from pipeline.data.corpora import view
 from pipeline.data.tasks import Example
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
+
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,16 @@ def open_tokens(path: Path, vocabulary: int | None = None) -> np.ndarray:
     return tokens
 
 
-def token_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int) -> Tensor:
+def token_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int, part: slice = ALL) -> Tensor:
     """Random segments (B, context + 1)."""
     _check_length(tokens, context)
-    starts = generator(seed, step).integers(0, len(tokens) - context, batch)
+    starts = generator(seed, step).integers(0, len(tokens) - context, batch)[part]
     return torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
 
 
-def stream_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int) -> tuple[Tensor, bool]:
+def stream_batch(
+    tokens: np.ndarray, batch: int, context: int, seed: int, step: int, part: slice = ALL
+) -> tuple[Tensor, bool]:
     """The segment (B, at most context + 1) of `step` (from 1) of B streams, and whether it is their first.
 
     Each stream is a stretch of the text of its own; all walk through theirs side by side and round and round, from a place that
@@ -78,7 +84,7 @@ def stream_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: 
     count = -(-length // context)
     place = (int(generator(seed, 0, stream=3).integers(count)) + step - 1) % count
     first = place * context
-    return torch.from_numpy(_rows(tokens, batch, first, min(context, length - first))), place == 0
+    return torch.from_numpy(_rows(tokens, batch, first, min(context, length - first))[part]), place == 0
 
 
 def rows(tokens: np.ndarray, count: int, limit: int | None = None) -> np.ndarray:
@@ -131,7 +137,9 @@ def shuffled(count: int, batch: int, seed: int, step: int) -> list[int]:
     return chosen
 
 
-def example_batch(examples: Examples, batch: int, crop: int, seed: int, step: int) -> tuple[list[np.ndarray], Tensor]:
+def example_batch(
+    examples: Examples, batch: int, crop: int, seed: int, step: int, part: slice = ALL
+) -> tuple[list[np.ndarray], Tensor]:
     """Ids and labels (B,) of the batch of `step` (from 1), going through the examples in shuffled epochs.
 
     Of an example longer than `crop` tokens a stretch of that length from a random place.
@@ -139,8 +147,8 @@ def example_batch(examples: Examples, batch: int, crop: int, seed: int, step: in
     chosen = shuffled(len(examples.ids), batch, seed, step)
     ids = [examples.ids[i] for i in chosen]
     starts = generator(seed, step, stream=2).integers(0, [max(1, len(sequence) - crop + 1) for sequence in ids])
-    crops = [sequence[start : start + crop] for sequence, start in zip(ids, starts, strict=True)]
-    return crops, torch.from_numpy(examples.labels[chosen])
+    crops = [sequence[start : start + crop] for sequence, start in zip(ids[part], starts[part], strict=True)]
+    return crops, torch.from_numpy(examples.labels[chosen[part]])
 
 
 def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:

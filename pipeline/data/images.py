@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.batches import evenly, generator, shuffled
+from pipeline.data.batches import ALL, evenly, generator, shuffled
 from pipeline.data.corpora import SPLITS
 from pipeline.errors import Failure
 from pipeline.files import read_json, write_json
@@ -81,8 +81,12 @@ def open_set(folder: Path) -> ImageSet:
     return ImageSet(tuple(classes), {split: open_images(folder / split, len(classes)) for split in SPLITS})
 
 
-def image_batch(images: Images, batch: int, seed: int, step: int, pad: int, flip: bool) -> tuple[Tensor, Tensor]:
+def image_batch(
+    images: Images, batch: int, seed: int, step: int, pad: int, flip: bool, part: slice = ALL
+) -> tuple[Tensor, Tensor]:
     """Pixels (B, C, H, W), float32 in [0, 1], and labels (B,) of the batch of `step` (from 1), in shuffled epochs.
+
+    With `part`, of these rows of the batch.
 
     Each image gets a border of `pad` black pixels and is cropped to its size at a random place; with `flip` every other one,
     by chance, is mirrored: the usual augmentation of CIFAR. The places come from a generator of (seed, step), where
@@ -92,10 +96,10 @@ def image_batch(images: Images, batch: int, seed: int, step: int, pad: int, flip
     # Loading torchvision takes a second, which texts need not wait for.
     from torchvision.transforms.v2 import functional
 
-    chosen = shuffled(len(images.labels_N), batch, seed, step)
+    chosen = shuffled(len(images.labels_N), batch, seed, step)[part]
     draws = generator(seed, step, stream=4)
-    corners_B2 = draws.integers(0, 2 * pad + 1, (batch, 2)).tolist()
-    mirrored_B = torch.from_numpy(draws.random(batch) < 0.5) & flip
+    corners_B2 = draws.integers(0, 2 * pad + 1, (batch, 2))[part].tolist()
+    mirrored_B = torch.from_numpy(draws.random(batch)[part] < 0.5) & flip
     pixels_BCHW = torch.from_numpy(images.pixels_NCHW[chosen])
     size = list(pixels_BCHW.shape[2:])
     padded_BCHW = functional.pad(pixels_BCHW, [pad])

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline import ranks
 from pipeline.moe.dispatch import Shift, apply_experts, combine
 from pipeline.moe.experts import Experts, FeedForward
 from pipeline.moe.losses import balance_loss
@@ -132,7 +133,7 @@ class VQMoE(nn.Module):
                 routing = self.router(x_ND, id_N)
             y_ND = apply_experts(self.experts, x_ND, routing.index_NK, routing.weight_NK)
             return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=routing.scores_NE.detach())
-        if mode == "both" and self.training and torch.rand(()) < self.settings.drop_routed:
+        if mode == "both" and self.training and self._drops_routed():
             mode = "discrete"
         with exactly(x_ND):
             quantized = self.quantizer(x_ND)
@@ -162,6 +163,10 @@ class VQMoE(nn.Module):
     def freeze_assignment(self) -> None:
         """Fine-tuning and inference keep the codes as they are."""
         self.quantizer.freeze()
+
+    def _drops_routed(self) -> bool:
+        drawn = torch.rand(())
+        return self.settings.drop_routed > 0 and bool(ranks.agreed(drawn) < self.settings.drop_routed)
 
     def _discrete_input(self, x_ND: Tensor, quantized: Quantized) -> Tensor:
         if self.settings.input == "code":

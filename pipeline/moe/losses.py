@@ -1,5 +1,7 @@
 """Auxiliary losses as pure functions.
 
+Where processes share a step, loads are those of all of their tokens.
+
 Shapes: N tokens, E experts, K experts per token, D width.
 """
 
@@ -9,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline import ranks
+
 
 def balance_loss(*, probs_NE: Tensor, index_NK: Tensor) -> Tensor:
     """E * sum_e f_e P_e: exactly 1 when both are uniform, up to E when one expert takes all (Switch Transformers).
@@ -16,7 +20,8 @@ def balance_loss(*, probs_NE: Tensor, index_NK: Tensor) -> Tensor:
     f_e is the share of assignments to expert e (no gradient), P_e the mean probability of e.
     """
     experts = probs_NE.shape[1]
-    share_E = torch.bincount(index_NK.flatten(), minlength=experts).to(probs_NE.dtype) / index_NK.numel()
+    count_E = ranks.total(torch.bincount(index_NK.flatten(), minlength=experts))
+    share_E = count_E.to(probs_NE.dtype) / count_E.sum()
     return experts * (share_E * probs_NE.mean(0)).sum()
 
 
@@ -25,7 +30,8 @@ def overload_loss(*, weight_NK: Tensor, index_NK: Tensor, experts: int) -> Tenso
 
     Lowers the weights of crowded experts and raises those of idle ones; 0 when all experts get the same number.
     """
-    load_E = torch.bincount(index_NK.flatten(), minlength=experts).to(weight_NK.dtype) * experts / index_NK.numel()
+    count_E = ranks.total(torch.bincount(index_NK.flatten(), minlength=experts))
+    load_E = count_E.to(weight_NK.dtype) * experts / count_E.sum()
     return ((load_E - 1)[index_NK] * weight_NK).mean()
 
 
@@ -90,4 +96,5 @@ class _Quantize(torch.autograd.Function):
 
 
 def _variation(total_E: Tensor) -> Tensor:
+    total_E = ranks.total(total_E)
     return total_E.var(correction=0) / total_E.mean().square()

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline import ranks
 from pipeline.config import Training
 from pipeline.errors import Failure
 from pipeline.progress import Progress
+from pipeline.ranks import Objective
 from pipeline.training.optim import learning_rate
 from pipeline.training.seeding import random_state, set_random_state
 from pipeline.training.states import Stateful, States
 
 LOG_EVERY = 10
 
-Objective = Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -30,6 +31,7 @@ class Fitted:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+@ranks.training()
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -47,8 +49,10 @@ def fit(
 
     `objective(step)` returns the loss to minimise and its named parts. With `states` the training goes on from the newest of
     them, and its result is, to the bit, that of one which was never cut off; `carried` is what else changes from step to step.
+    Processes that share the steps all end with the same model; what they log are means over their parts.
     Raises Failure when a loss or a validation is not finite.
     """
+    seed, learn = torch.initial_seed(), ranks.replicated(model, objective)
     fitted, best_weights = Fitted(), {}
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -62,13 +66,16 @@ def fit(
         set_random_state(state["random"])
         fitted, best_weights, sums, counts = Fitted(**state["fitted"]), state["best_weights"], state["sums"], state["counts"]
         first = state["step"] + 1
+    if ranks.agreed(torch.tensor(first)) != first:
+        raise Failure(f"{label}: machines see other states of the training; run them in one folder that all of them mount")
     with Progress(label, training.steps, done=first - 1) as progress:
         for step in range(first, training.steps + 1):
             rate = learning_rate(training, step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             model.train()
-            loss, parts = objective(step)
+            ranks.reseed(seed, step)
+            loss, parts = learn(step)
             unseen[step] = {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
             optimizer.zero_grad()
             loss.backward()
@@ -76,7 +83,7 @@ def fit(
             optimizer.step()
             last = step == training.steps
             logs, validates = (last or step % every == 0 for every in (LOG_EVERY, training.validate_every))
-            saves = states is not None and (last or states.due(step))
+            saves = states is not None and (last or bool(ranks.agreed(torch.tensor(states.due(step)))))
             # Reading a value from a GPU waits for all of its work: it is done for some steps at once.
             if loss.device.type != "cpu" and not (logs or validates or saves):
                 continue
@@ -131,8 +138,9 @@ class _Moments:
 
 
 def _read(unseen: Mapping[int, Mapping[str, Tensor]]) -> list[tuple[int, dict[str, float]]]:
-    """Scalars of each step as numbers, waiting for a GPU once."""
-    numbers = iter(torch.stack([value.double() for values in unseen.values() for value in values.values()]).tolist())
+    """Scalars of each step as numbers, means over ranks, waiting for a GPU once."""
+    numbers_A = torch.stack([value.double() for values in unseen.values() for value in values.values()])
+    numbers = iter(ranks.mean(numbers_A).tolist())
     return [(step, {name: next(numbers) for name in values}) for step, values in unseen.items()]
 
 

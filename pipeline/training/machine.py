@@ -1,13 +1,18 @@
-"""Where and how exactly models compute."""
+"""Where, how exactly and by how many processes models compute."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from pipeline.config import Machine
-from pipeline.errors import Failure
+from pipeline.errors import Failure, UsageError
+
+# The others wait for as long as the first process tests and records; of one that died torchrun knows.
+PATIENCE = timedelta(days=30)
 
 
 @contextmanager
@@ -23,3 +28,28 @@ def at_work(machine: Machine) -> Iterator[None]:
     # Weights change with every step, so what was cast of them is of no use to the next.
     with torch.autocast(machine.device, torch.bfloat16, enabled=machine.precision == "bf16", cache_enabled=False):
         yield
+
+
+@contextmanager
+def together(machine: Machine) -> Iterator[None]:
+    """Share training steps with the other processes that torchrun started; alone, where params ask for one process.
+
+    Raises UsageError if these are not as many as params ask for, Failure if there is no GPU for this one.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != machine.processes:
+        raise UsageError(f"machine.processes is {machine.processes}: {started} were started; set it to {started}")
+    if started == 1:
+        yield
+        return
+    if machine.device == "cuda":
+        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= gpus:
+            raise Failure(f"machine.processes is {started}: this machine has {gpus} GPUs, one for each; start fewer here")
+        torch.cuda.set_device(place)
+    # Tensors of the GPU over NCCL, those of the CPU over gloo.
+    dist.init_process_group(timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

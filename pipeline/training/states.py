@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline import ranks
 from pipeline.errors import Failure
 from pipeline.files import output_file
 
@@ -59,6 +60,9 @@ class States:
         return step - self._step >= self.steps or time.monotonic() - self._time >= self.seconds
 
     def save(self, step: int, state: Tree) -> None:
+        """Of ranks, the first one writes."""
+        if ranks.rank():
+            return
         tensors: list[Tensor] = []
         tree = _flat(state, tensors)
         content = save({str(place): tensor for place, tensor in enumerate(tensors)}, {"tree": json.dumps(tree)})
@@ -82,7 +86,7 @@ class States:
                 self._step = int(step)
                 return _tree(path)
             print(f"vqmoe: {path}: damaged; the training goes on from an earlier state", file=sys.stderr)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another rank may have found it too
         return None
 
     def _files(self) -> list[Path]:

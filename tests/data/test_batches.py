@@ -168,3 +168,14 @@ def test_padding_is_on_the_right():
     tokens_BT, lengths_B = padded([np.array([1, 2, 3]), np.array([4])], 9)
     assert tokens_BT.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert lengths_B.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(2, 6)])
+def test_a_part_of_a_batch_is_these_rows_of_it(part):
+    tokens = np.arange(500, dtype=np.uint16)
+    assert torch.equal(token_batch(tokens, 6, 10, 1, 3, part), token_batch(tokens, 6, 10, 1, 3)[part])
+    assert torch.equal(stream_batch(tokens, 6, 10, 1, 3, part)[0], stream_batch(tokens, 6, 10, 1, 3)[0][part])
+    examples = Examples([np.arange(i, i + 20) for i in range(9)], np.arange(9))
+    (ids, labels), (all_ids, all_labels) = example_batch(examples, 6, 8, 1, 3, part), example_batch(examples, 6, 8, 1, 3)
+    assert torch.equal(labels, all_labels[part])
+    assert [one.tolist() for one in ids] == [one.tolist() for one in all_ids[part]]

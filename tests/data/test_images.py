@@ -749,3 +749,11 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     fails(r"no room for \d+ images \(No space left on device\); free space there, or name a folder", "digits", tmp_path)
+
+
+def test_a_part_of_a_batch_is_these_rows_of_it():
+    images = some(9)
+    pixels_BCHW, labels_B = image_batch(images, 6, 0, 2, 2, True)
+    for part in (slice(0, 2), slice(2, 6)):
+        part_BCHW, part_B = image_batch(images, 6, 0, 2, 2, True, part)
+        assert torch.equal(part_BCHW, pixels_BCHW[part]) and torch.equal(part_B, labels_B[part])

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline import ranks
+
 
 class Settings(Protocol):
     """What a quantizer reads of its method's params."""
@@ -39,6 +41,8 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Codes that start on the first training batch, and of which those that die come back while training.
 
+    Processes that share a step keep the same codes, by the tokens of all of them.
+
     Dead is a code whose moving share of the tokens falls under `dead_share` / C. All state lives in parameters and
     buffers. A variant defines `nearest`, `_quantize`, `_start`, `_revive` and `_repair`.
     """
@@ -62,22 +66,24 @@ class Quantizer(nn.Module):
             dead_C = self.share_C < self.dead_share / self.codes
             if dead_C.any():
                 with torch.no_grad():
-                    self._revive(x_ND, dead_C)
+                    self._revive(ranks.gathered(x_ND, ranks.GATHERED), dead_C)
                     self.share_C[dead_C] = 1 / self.codes
+                    ranks.agree(self)
         quantized = self._quantize(x_ND)
         if learning:
-            used_C = torch.bincount(quantized.code_N, minlength=self.codes).to(self.share_C.dtype) / len(x_ND)
-            self.share_C.lerp_(used_C, 1 - self.decay)
+            count_C = ranks.total(torch.bincount(quantized.code_N, minlength=self.codes))
+            self.share_C.lerp_(count_C.to(self.share_C.dtype) / count_C.sum(), 1 - self.decay)
             with torch.no_grad():
-                self._follow(x_ND, quantized.code_N, used_C)
+                self._follow(x_ND, quantized.code_N, count_C)
         return quantized
 
     @torch.no_grad()
     def start(self, x_ND: Tensor) -> None:
         """(Re)place all codes by these tokens (N >= C; fewer are repeated)."""
-        self._start(x_ND)
+        self._start(ranks.gathered(x_ND, ranks.GATHERED))
         self.share_C.fill_(1 / self.codes)
         self.started.fill_(True)
+        ranks.agree(self)
 
     @torch.no_grad()
     def repair(self, x_ND: Tensor) -> None:
@@ -98,8 +104,8 @@ class Quantizer(nn.Module):
         self.frozen.fill_(True)
         self.requires_grad_(False)
 
-    def _follow(self, x_ND: Tensor, code_N: Tensor, used_C: Tensor) -> None:
-        """Move codes that no gradient moves, given each code's share of these tokens."""
+    def _follow(self, x_ND: Tensor, code_N: Tensor, count_C: Tensor) -> None:
+        """Move codes that no gradient moves, given how many tokens each code has, those of all ranks."""
 
 
 def _stay_frozen(quantizer: Quantizer, _: object) -> None:

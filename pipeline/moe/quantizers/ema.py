@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline import ranks
 from pipeline.moe.losses import commitment_loss
 from pipeline.moe.quantizers.base import Quantized, Settings
 from pipeline.moe.quantizers.codebook import Codebook
@@ -32,9 +33,10 @@ class Ema(Codebook):
         commitment = commitment_loss(x_ND=x_ND, value_ND=value_ND)
         return Quantized(code_N, value_ND, None, None, commitment.detach(), {"commitment": commitment}, scores_NC)
 
-    def _follow(self, x_ND: Tensor, code_N: Tensor, used_C: Tensor) -> None:
+    def _follow(self, x_ND: Tensor, code_N: Tensor, count_C: Tensor) -> None:
         # The moving sum is v times the moving share, so that it need not be kept: v moves to the mean of its tokens by
         # the part that they have in the new share. A code unused for thousands of steps has a share of 0 and stays.
-        sum_CD = torch.zeros_like(self.codebook_CD).index_add_(0, code_N, self._encode(x_ND)) / len(x_ND)
+        sum_CD = ranks.total(torch.zeros_like(self.codebook_CD).index_add_(0, code_N, self._encode(x_ND))) / count_C.sum()
+        used_C = count_C.to(sum_CD.dtype) / count_C.sum()
         step_CD = (1 - self.decay) * (sum_CD - used_C[:, None] * self.codebook_CD)
         self.codebook_CD.add_(step_CD / self.share_C[:, None].clamp(min=torch.finfo(step_CD.dtype).tiny))

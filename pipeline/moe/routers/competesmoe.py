@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline import ranks
 from pipeline.moe.losses import balance_loss
 from pipeline.moe.routers.base import Loss, Router, Routing, Settings, Sizes, top_k
 
@@ -55,11 +56,11 @@ class CompeteSMoE(Router):
     @staticmethod
     def begin_step(routers: Sequence["CompeteSMoE"], done: float) -> None:
         """Draw which layers compete in this step: each with probability `compete`, at most `at_once` of those drawn."""
-        for router in routers:
-            router.competing = False
-        drawn = [router for router in routers if torch.rand(()) < router.settings.compete]
-        for place in torch.randperm(len(drawn))[: routers[0].settings.at_once].tolist():
-            drawn[place].competing = True
+        drawn = torch.tensor([place for place, router in enumerate(routers) if torch.rand(()) < router.settings.compete])
+        chosen = drawn[torch.randperm(len(drawn))[: routers[0].settings.at_once]].long()
+        competing = ranks.agreed(torch.zeros(len(routers), dtype=torch.bool).index_fill(0, chosen, True))
+        for router, competes in zip(routers, competing.tolist(), strict=True):
+            router.competing = competes
 
     def _balance(self, probs_NE: Tensor, index_NK: Tensor) -> dict[str, Loss]:
         return {"balance": Loss(balance_loss(probs_NE=probs_NE, index_NK=index_NK), self.settings.balance)}
