@@ -1,6 +1,6 @@
 """Whatever stands in a params file or a data file, it is used or refused in one line. Tries mutations and counts.
 
-    python benchmarks/fuzz.py
+    python -m benchmarks.fuzz
 
 Params: keys and values of params.yaml and presets/vision/digits.yaml are changed, moved, doubled and deleted, as values and as
 text. What is accepted is built and takes a step, at its own size where that is small. Data: CSV files, JSON lines, tasks in

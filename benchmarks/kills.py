@@ -1,6 +1,6 @@
 """Is a run that is killed again and again the run that was not? Kills `dvc repro` at random moments and compares.
 
-    python benchmarks/kills.py
+    python -m benchmarks.kills
 
 The tiny experiment of one method runs twice in clones of this repository: once to its end; and once killed, by SIGKILL,
 SIGTERM or Ctrl-C, the dvc alone or with all of its processes, so many times over all of its stages, each time some seconds

@@ -1,7 +1,7 @@
 """What routing costs: a training pass of each method's layer against a dense feed-forward of the same active FLOPs.
 
-    python benchmarks/layer.py
-    python benchmarks/layer.py --device cuda --tokens 65536 --width 1024 --hidden 2048 --experts 16 64
+    python -m benchmarks.layer
+    python -m benchmarks.layer --device cuda --tokens 65536 --width 1024 --hidden 2048 --experts 16 64
 
 Forward and backward, timed in turns; beside the project's layers a loop over experts with boolean masks, as the paper's code has
 it, and the sparse block of transformers, where that is installed. The table goes to the terminal, the numbers to
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 6 (default: 15)")
     parser.add_argument("--out", type=Path, default=RESULTS / "layer.json", help="where the numbers go")
     arguments = parser.parse_args()
-    machine = Machine(device=arguments.device, precision="bf16" if arguments.device == "cuda" else "fp32")
+    machine = Machine(device=arguments.device, precision="bf16" if arguments.device == "cuda" else "fp32", processes=1)
     name = torch.cuda.get_device_name() if machine.device == "cuda" else f"{torch.get_num_threads()} threads"
     found: dict[str, Any] = {"machine": name, "precision": machine.precision, "shape": vars(arguments) | {"out": None}}
     for experts in arguments.experts:

@@ -1,6 +1,6 @@
 """Is assembling batches the bottleneck? Time of a batch against that of the training step that reads it.
 
-    python benchmarks/loader.py
+    python -m benchmarks.loader
 
 On made-up tokens and images of the sizes of the default experiment, vision/digits and vision/cifar10, timed in turns; the table
 goes to the terminal, the numbers to benchmarks/results/loader.json.

@@ -352,9 +352,7 @@ class Params(Section):
     def _processes_fit(self) -> "Params":
         for stage in ("pretrain", "warmup", "finetune"):
             if (batch := getattr(self, stage).batch) % self.machine.processes:
-                raise ValueError(
-                    f"machine.processes is {self.machine.processes}: must divide {stage}.batch ({batch}), of which each takes its part"
-                )
+                raise ValueError(f"machine.processes is {self.machine.processes}: must divide {stage}.batch ({batch})")
         return self
 
     @model_validator(mode="after")

@@ -43,9 +43,7 @@ def resumable(
         ) from None
 
 
-def states_of(
-    stage: str, chosen: Any, settings: Resume, paths: Paths, cell: Cell | None, inputs: Iterable[Path]
-) -> States:
+def states_of(stage: str, chosen: Any, settings: Resume, paths: Paths, cell: Cell | None, inputs: Iterable[Path]) -> States:
     """The same without holding them."""
     # In a copy that `dvc exp` runs in, the folder of the repository it was copied from.
     root = Path(os.environ.get("DVC_ROOT", paths.root))

@@ -71,9 +71,7 @@ def token_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: i
     return torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
 
 
-def stream_batch(
-    tokens: np.ndarray, batch: int, context: int, seed: int, step: int, part: slice = ALL
-) -> tuple[Tensor, bool]:
+def stream_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int, part: slice = ALL) -> tuple[Tensor, bool]:
     """The segment (B, at most context + 1) of `step` (from 1) of B streams, and whether it is their first.
 
     Each stream is a stretch of the text of its own; all walk through theirs side by side and round and round, from a place that

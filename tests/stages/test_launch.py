@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -92,12 +94,10 @@ def test_processes_end_with_the_command_that_started_them(prepared, stop):
 def test_many_machines_start_it_by_torchrun(prepared):
     """Two torchruns that meet at a port, as on two machines."""
     port = str(29_000 + os.getpid() % 1000)
-    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    script = next(place for place in os.environ["PATH"].split(":") if os.path.exists(f"{place}/vqmoe"))
-    started = [
-        repository.start(prepared, "torchrun", *meet, "--local-addr", "localhost", f"{script}/vqmoe", "pretrain", "-Smodel.dropout=0.0")
-        for _ in range(2)
-    ]
+    meet = "--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --local-addr localhost --rdzv-endpoint".split()
+    script = str(Path(sys.executable).parent / "vqmoe")
+    command = ["torchrun", *meet, f"localhost:{port}", script, "pretrain", "-Smodel.dropout=0.0"]
+    started = [repository.start(prepared, *command) for _ in range(2)]
     said = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert sum("12/12" in text for text in said) == 1

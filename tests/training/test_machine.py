@@ -40,7 +40,7 @@ def test_on_a_cpu_bfloat16_is_refused():
 
 
 def _machine(device, precision="fp32"):
-    return Machine(device=device, precision=precision)
+    return Machine(device=device, precision=precision, processes=1)
 
 
 def _train(tiny_params, tiny_spec, method, machine, steps=12, overrides=(), states=None):

@@ -32,9 +32,8 @@ TOKENS = np.random.default_rng(0).integers(0, 26, 4000).astype(np.uint8)
 DYING = ("methods.vqmoe.dead_share=0.95", "methods.vqmoe.codes=8")
 MEMORY = ("model.positions=relative", "model.memory=16", "model.evaluate_memory=16")
 ALIKE = {method: (method, ()) for method in SETTINGS if method not in ("softmoe", "vmoe", "vqmoe", "competesmoe")}
-ALIKE |= {
-    quantizer: ("vqmoe", (f"methods.vqmoe.quantizer={quantizer}", "methods.vqmoe.combine=gate", *DYING)) for quantizer in QUANTIZERS
-}
+GATE = "methods.vqmoe.combine=gate"
+ALIKE |= {quantizer: ("vqmoe", (f"methods.vqmoe.quantizer={quantizer}", GATE, *DYING)) for quantizer in QUANTIZERS}
 ALIKE |= {
     "distances": ("vqmoe", DYING),
     "without-routed": ("vqmoe", ("methods.vqmoe.drop_routed=0.5",)),
@@ -55,7 +54,7 @@ class Cut(States):
 
 
 def train(name, method, overrides, states=None):
-    """Loss of every step, of all processes, the model's state, and rank and process count in its file's name."""
+    """Mean loss of every step and the model's state at the end."""
     params = config.load(
         REPOSITORY / "params.yaml", SETTINGS, (*TINY, "model.dropout=0.0", "pretrain.learning_rate=1e-3", *overrides), method
     )
