@@ -1,5 +1,6 @@
 """Where, how exactly and by how many processes models compute."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def at_work(machine: Machine) -> Iterator[None]:
 def together(machine: Machine) -> Iterator[None]:
     """Share training steps with the other processes that torchrun started; alone, where params ask for one process.
 
-    Raises UsageError if these are not as many as params ask for, Failure if there is no GPU for this one.
+    Raises UsageError if these are not as many as params ask for, Failure if there is no GPU for this one or another one ends.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != machine.processes:
@@ -42,14 +43,25 @@ def together(machine: Machine) -> Iterator[None]:
     if started == 1:
         yield
         return
+    if not dist.is_initialized():
+        _meet(machine)
+    # The others go on once the first has written what the stage before left.
+    dist.broadcast(torch.zeros(1), 0)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistBackendError) or "by peer" in str(error):
+            raise Failure(f"one of the {started} processes that share this training has ended; run it again") from None
+        raise
+
+
+def _meet(machine: Machine) -> None:
+    """For the rest of this process's life: a second meeting in the same place would find what the first left there."""
     if machine.device == "cuda":
         place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place >= gpus:
-            raise Failure(f"machine.processes is {started}: this machine has {gpus} GPUs, one for each; start fewer here")
+            raise Failure(f"machine.processes is {machine.processes}: this machine has {gpus} GPUs; start no more here")
         torch.cuda.set_device(place)
     # Tensors of the GPU over NCCL, those of the CPU over gloo.
     dist.init_process_group(timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)

@@ -17,6 +17,17 @@ from tests.stages import repository
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc"), reason="looks for processes in /proc")
 
 
+def test_all_stages_of_a_method(tmp_path):
+    root = repository.make(tmp_path, "grid.methods=[vqmoe]", "finetune.scratch=true", "machine.processes=2")
+    process = repository.start(root, "vqmoe", "train", "--seed", "0")
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    (out,) = (root / "runs").iterdir()
+    assert (out / "report/report.md").exists()
+    assert said.count(f"Models and results: {out}") == 1
+    assert read_json(out / "results/finetune/vqmoe-s0/toy.json", "")["metrics"]["scratch"]
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = repository.make(tmp_path_factory.mktemp("launch"), "grid.methods=[smoe]", "grid.seeds=[0]", "machine.processes=2")
@@ -76,14 +87,27 @@ def test_what_goes_wrong_is_one_line(prepared, overrides, code, line):
     assert "Traceback" not in said and "torch" not in said, said
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_processes_end_with_the_command_that_started_them(prepared, stop):
-    shutil.rmtree(prepared / ".resume")
-    process = pretrain(prepared, "pretrain.steps=100000")
+def start_long(root):
+    """A training of two processes that has gone some steps."""
+    shutil.rmtree(root / ".resume")
+    process = pretrain(root, "pretrain.steps=100000")
     until = time.monotonic() + 60
-    while len(ranks_of(prepared)) < 2 or not any((prepared / ".resume").glob("*/*.safetensors")):
+    while len(ranks_of(root)) < 2 or not any((root / ".resume").glob("*/*.safetensors")):
         assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
+    return process
+
+
+def test_a_process_that_dies_ends_the_others(prepared):
+    process = start_long(prepared)
+    os.kill(ranks_of(prepared)[1], signal.SIGKILL)
+    said = process.communicate()[0]
+    assert process.returncode not in (0, -9) and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_end_with_the_command_that_started_them(prepared, stop):
+    process = start_long(prepared)
     os.kill(process.pid, stop)
     said = process.communicate()[0]  # ends once nobody is left to write
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop], said
