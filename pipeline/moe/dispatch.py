@@ -57,7 +57,7 @@ def combine(y_NKD: Tensor, weight_NK: Tensor) -> Tensor:
 def each_expert(
     experts: Experts, x: Tensor, index_NK: Tensor, weight_NK: Tensor | None, dropout: float, shift: Shift | None = None
 ) -> Tensor:
-    """`apply_experts` one expert after another: the fastest way on a few cores, and the one with the least memory."""
+    """`apply_experts` one expert after another: the fastest way on a few cores."""
     parameters = experts.w1_EDH, experts.b1_EH, experts.w2_EHD, experts.b2_ED
     table_CD, code_N = shift or (None, None)
     inputs = x.reshape(-1, x.shape[-1]), *parameters, weight_NK, table_CD
@@ -106,9 +106,10 @@ class _EachExpert(torch.autograd.Function):
                     a, mask = torch.native_dropout(a, dropout, True)
                 torch.addmm(b2, a, w2, out=y)
             if learns:
-                kept += [h, a, mask]
-        given = x_MD, w1_EDH, w2_EHD, table_CD, weight_NK, y_RD if ctx.needs_input_grad[5] else None
-        ctx.save_for_backward(*given, code_R, token_R, source_R, row_R, place_NK, *kept)
+                kept.append((h, a, mask))
+        ctx.save_for_backward(x_MD, w1_EDH, w2_EHD, b2_ED, table_CD, weight_NK, code_R, token_R, source_R, row_R, place_NK)
+        # Not saved as those are, which live until the whole backward pass is done: half of the memory that a pass takes.
+        ctx.kept = kept
         ctx.rows, ctx.tails, ctx.dropout, ctx.activation = rows, tails, dropout, activation
         if weight_NK is None:
             return y_RD.index_select(0, place_NK.flatten()).view(tokens, slots, -1)
@@ -116,34 +117,38 @@ class _EachExpert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, w1_EDH, w2_EHD, table_CD, weight_NK, y_RD, code_R, token_R, source_R, row_R, place_NK, *kept = ctx.saved_tensors
+        x_MD, w1_EDH, w2_EHD, b2_ED, table_CD, weight_NK, code_R, token_R, source_R, row_R, place_NK = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            raise RuntimeError("backward a second time through the same experts, whose hidden states are gone")
         wants_x, *wants, wants_weight, wants_table = ctx.needs_input_grad[:7]
         rows, dw1_EDH, dw2_EHD = ctx.rows, torch.empty_like(w1_EDH), torch.empty_like(w2_EHD)
         db1_EH, db2_ED = (one.new_empty(one.shape[::2]) for one in (w1_EDH, w2_EHD))
-        dx_RD, dweight_R1 = _with_zeros(x_MD, len(token_R)), grad.new_zeros(len(token_R) + 1, 1)
+        dx_RD, dweight_R = _with_zeros(x_MD, len(token_R)), grad.new_zeros(len(token_R) + 1)
         dtable_CD = torch.zeros_like(table_CD) if wants_table else None
         # Without weights each assignment has a gradient of its own, with them each token.
         from_R, grad = (source_R, grad.flatten(0, 1)) if weight_NK is None else (token_R, grad)
         weight_R1 = None if weight_NK is None else weight_NK.reshape(-1, 1)[source_R]
         parts = (
-            (part.split(rows) for part in (from_R, row_R, dx_RD[:-1], dweight_R1[:-1])),
-            (_split(part, rows) for part in (code_R, weight_R1, y_RD if y_RD is None else y_RD[:-1])),
-            (one.unbind() for one in (w1_EDH, w2_EHD, dw1_EDH, db1_EH, dw2_EHD, db2_ED)),
-            (ctx.tails, kept[::3], kept[1::3], kept[2::3]),
+            (part.split(rows) for part in (from_R, row_R, dx_RD[:-1], dweight_R[:-1])),
+            (_split(part, rows) for part in (code_R, weight_R1)),
+            (one.unbind() for one in (w1_EDH, w2_EHD, b2_ED, dw1_EDH, db1_EH, dw2_EHD, db2_ED)),
+            (ctx.tails,),
         )
-        for source, row, dx, dweight, code, weight, y, w1, w2, dw1, db1, dw2, db2, tail, h, a, mask in zip(
-            *chain(*parts), strict=True
-        ):
+        for source, row, dx, dweight, code, weight, w1, w2, b2, dw1, db1, dw2, db2, tail in zip(*chain(*parts), strict=True):
+            h, a, mask = kept.pop(0)
             if not len(row):
                 for one in (dw1, db1, dw2, db2):
                     one.zero_()
                 continue
             dy = grad.index_select(0, source)
+            dh = dy @ w2.T
             if wants_weight:
-                torch.sum(dy * y, 1, keepdim=True, out=dweight)
+                # The gradient times the answer a w2 + b2, which is not kept.
+                torch.add(torch.linalg.vecdot(dh, a), dy @ b2, out=dweight)
             if weight is not None:
                 dy.mul_(weight)
-            dh = dy @ w2.T
+                dh.mul_(weight)
             if mask is not None:
                 dh = torch.ops.aten.native_dropout_backward(dh, mask, 1 / (1 - ctx.dropout))
             dh = _DERIVATIVES[ctx.activation](dh, h)
@@ -162,7 +167,7 @@ class _EachExpert(torch.autograd.Function):
         elif wants_x:
             dx_MD = dx_RD.index_select(0, place_NK.flatten())
         dexperts = (dw1_EDH, db1_EH, dw2_EHD, db2_ED) if any(wants) else (None,) * 4
-        dweight_NK = dweight_R1[:, 0][place_NK] if wants_weight else None
+        dweight_NK = dweight_R[place_NK] if wants_weight else None
         return dx_MD, *dexperts, dweight_NK, dtable_CD, None, None, None, None, None
 
 

@@ -206,3 +206,11 @@ def test_all_experts_answer_rows_of_their_own():
     experts, x_ERD = _experts(3), torch.randn(3, 6, 8)
     index_NK = torch.arange(3).repeat_interleave(6)[:, None]
     torch.testing.assert_close(experts(x_ERD).flatten(0, 1), apply_experts(experts, x_ERD.flatten(0, 1), index_NK)[:, 0])
+
+
+def test_a_second_backward_pass_says_what_is_missing(seeded):
+    experts = Experts(3, 4, 8)
+    y_ND = apply_experts(experts, torch.randn(5, 4), torch.randint(3, (5, 2)), torch.rand(5, 2))
+    y_ND.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        y_ND.sum().backward()
