@@ -56,16 +56,22 @@ class Quantizer(nn.Module):
         self.register_buffer("share_C", torch.full((self.codes,), 1 / self.codes))
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("frozen", torch.tensor(False))
-        self.register_load_state_dict_post_hook(_stay_frozen)
+        self.register_load_state_dict_post_hook(_as_loaded)
+        self._forget()
 
     def forward(self, x_ND: Tensor) -> Quantized:
-        learning = self.training and not self.frozen
+        if self._flags is None:
+            self._flags = bool(self.started), bool(self.frozen)
+        started, frozen = self._flags
+        learning = self.training and not frozen
         if learning:
-            if not self.started:
+            if not started:
                 self.start(x_ND)
-            dead_C = self.share_C < self.dead_share / self.codes
-            if dead_C.any():
+            if self._some_dead is None:
+                self._some_dead = _Later(self._dead().any())
+            if self._some_dead:
                 with torch.no_grad():
+                    dead_C = self._dead()
                     self._revive(ranks.gathered(x_ND, ranks.GATHERED), dead_C)
                     self.share_C[dead_C] = 1 / self.codes
                     ranks.agree(self)
@@ -75,6 +81,7 @@ class Quantizer(nn.Module):
             self.share_C.lerp_(count_C.to(self.share_C.dtype) / count_C.sum(), 1 - self.decay)
             with torch.no_grad():
                 self._follow(x_ND, quantized.code_N, count_C)
+            self._some_dead = _Later(self._dead().any())
         return quantized
 
     @torch.no_grad()
@@ -84,6 +91,7 @@ class Quantizer(nn.Module):
         self.share_C.fill_(1 / self.codes)
         self.started.fill_(True)
         ranks.agree(self)
+        self._forget()
 
     @torch.no_grad()
     def repair(self, x_ND: Tensor) -> None:
@@ -98,17 +106,44 @@ class Quantizer(nn.Module):
         if not used_C.all():
             self._repair(x_ND, used_C)
             self.share_C.fill_(1 / self.codes)
+            self._forget()
 
     def freeze(self) -> None:
         """No code moves any more: neither by gradient, nor by averages, nor by re-seeding. Saved with the model."""
         self.frozen.fill_(True)
         self.requires_grad_(False)
+        self._forget()
+
+    def _dead(self) -> Tensor:
+        return self.share_C < self.dead_share / self.codes
+
+    def _forget(self) -> None:
+        """Buffers have changed: look into them again. To do so in every step would have the host wait for a GPU each time."""
+        self._flags: tuple[bool, bool] | None = None  # started, frozen
+        self._some_dead: _Later | None = None
 
     def _follow(self, x_ND: Tensor, code_N: Tensor, count_C: Tensor) -> None:
         """Move codes that no gradient moves, given how many tokens each code has, those of all ranks."""
 
 
-def _stay_frozen(quantizer: Quantizer, _: object) -> None:
+class _Later:
+    """A flag whose way from a GPU to the host has begun: who asks for it a step later need not wait."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self.flag, self.there = flag, None
+        if flag.is_cuda:
+            self.flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self.there = torch.cuda.Event()
+            self.there.record()
+
+    def __bool__(self) -> bool:
+        if self.there is not None:
+            self.there.synchronize()
+        return bool(self.flag)
+
+
+def _as_loaded(quantizer: Quantizer, _: object) -> None:
+    quantizer._forget()
     # Whether a parameter wants a gradient is not part of a model's state.
     if quantizer.frozen:
         quantizer.freeze()

@@ -153,7 +153,7 @@ def test_a_dead_code_comes_back_in_training_and_not_when_frozen(name, seeded):
     for _ in range(200):
         made(x_ND)
     assert torch.bincount(made.nearest(x_ND), minlength=4).min() > 0
-    made.share_C[2] = 0.0
+    made.load_state_dict(made.state_dict() | {"share_C": torch.tensor([0.3, 0.3, 0.0, 0.4])})
     made(x_ND)
     assert made.share_C[2] > 0.2  # as any other, or it would be dead again in the next step
     kill(made)
