@@ -46,7 +46,7 @@ CODE = {
     "finetune": (*_TRAINING, "stages/finetune.py"),
     "robustness": (*_TRAINING, "pipeline/evaluation", "stages/robustness.py"),
     "compute": (*_TRAINING, "pipeline/evaluation/compute.py", "stages/compute.py"),
-    "report": ("pipeline/evaluation", "pipeline/moe", "stages/report.py"),
+    "report": ("pipeline/ranks.py", "pipeline/evaluation", "pipeline/moe", "stages/report.py"),
 }
 
 # Stages whose models or results a stage reads.
