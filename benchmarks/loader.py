@@ -14,22 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import config
+from benchmarks.train import language, load, steps_of
 from pipeline.data.batches import token_batch
 from pipeline.data.images import Images, image_batch
-from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.compute import interval, measure
 from pipeline.files import write_json
 from pipeline.models.build import Spec
-from pipeline.moe.layer import SETTINGS
-from pipeline.training.optim import adam
-from pipeline.training.problems import Language, Pictures, Problem
+from pipeline.training.problems import Pictures
 from pipeline.training.seeding import seed_everything
-from stages.compute import training_step
 
-ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-TOKENS = 5_000_000
 # Images of a training split, channels and classes of what a preset reads.
 SETS = {"vision/digits": (1221, 1, 10), "vision/cifar10": (42_500, 3, 10)}
 
@@ -38,21 +32,19 @@ def works(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any], Callab
     """Name, one batch, and one step of pre-training, batch included."""
     seed_everything(0, "benchmark")
     rng = np.random.default_rng(0)
-    params = _params("params.yaml")
-    tokens, given = rng.integers(0, 27, TOKENS).astype(np.uint8), params.pretrain
-    spec = Spec(kind="language-model", method="vqmoe", settings=params.methods["vqmoe"], model=params.model, vocabulary=256)
-    tokenizer = Tokenizer.make("bytes", [], 0)
-    problem = Language(spec, tokenizer, {"train": tokens}, given.batch, given.validate_tokens, 0)
-    steps = count(1)
     if "text" in names:
-        yield "text", lambda: token_batch(tokens, given.batch, params.model.context, 0, next(steps)), _step(problem, given)
+        params, steps = load(Path("params.yaml")), count(1)
+        problem = language(params, "vqmoe")
+        tokens, given = problem.tokens["train"], params.pretrain
+        step = steps_of(problem, problem.fresh(), given)
+        yield "text", lambda: token_batch(tokens, given.batch, params.model.context, 0, next(steps)), step
     for preset, (size, channels, classes) in SETS.items():
         if preset in names:
             yield _images(preset, size, channels, classes, rng)
 
 
 def _images(preset: str, size: int, channels: int, classes: int, rng: np.random.Generator) -> tuple[str, Any, Any]:
-    params = _params(f"presets/{preset}.yaml")
+    params = load(Path(f"presets/{preset}.yaml"))
     given, side = params.pretrain, params.prepare.size
     pixels = rng.integers(0, 256, (size, channels, side, side), dtype=np.uint8)
     images = Images(pixels, rng.integers(0, classes, size))
@@ -70,17 +62,8 @@ def _images(preset: str, size: int, channels: int, classes: int, rng: np.random.
     def batch() -> object:
         return image_batch(images, given.batch, 0, next(steps), given.pad, given.flip)
 
-    return preset, batch, _step(Pictures(spec, {"train": images}, given, 0), given)
-
-
-def _params(file: str) -> Any:
-    return config.load(ROOT / file, SETTINGS, ())
-
-
-def _step(problem: Problem, given: config.Training) -> Callable[[], object]:
-    model = problem.fresh()
-    optimizer = adam(model, given.learning_rate, given.beta2, given.weight_decay)
-    return training_step(model, optimizer, problem.objective(model, model.train_mode), given)
+    problem = Pictures(spec, {"train": images}, given, 0)
+    return preset, batch, steps_of(problem, problem.fresh(), given)
 
 
 def main() -> None:

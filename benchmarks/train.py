@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.layer import MaskLoop
 from pipeline import config
-from pipeline.config import Params
+from pipeline.config import Params, Training
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.compute import Work, interval, measure
 from pipeline.files import write_json
@@ -29,7 +29,7 @@ from pipeline.moe.layer import SETTINGS
 from pipeline.moe.routers.base import LayerOutput, Sizes
 from pipeline.training.machine import at_work
 from pipeline.training.optim import adam
-from pipeline.training.problems import Language
+from pipeline.training.problems import Language, Problem
 from pipeline.training.seeding import seed_everything
 from stages.compute import training_step
 
@@ -40,26 +40,28 @@ METHODS = ("dense", "smoe", "xmoe", "vqmoe", "vqmoe_released", LOOP)
 TOKENS = 2_000_000
 
 
+def language(params: Params, method: str, vocabulary: int = 257) -> Language:
+    """Random tokens to be predicted by a method's model."""
+    seed_everything(0, "benchmark")
+    settings, given = params.method(method), params.pretrain
+    spec = Spec(kind="language-model", method=method, settings=settings, model=params.model, vocabulary=vocabulary)
+    tokens = {"train": np.random.default_rng(0).integers(0, vocabulary - 1, TOKENS).astype(np.uint32)}
+    tokenizer = Tokenizer.make("bytes", [], 0)
+    return Language(spec, tokenizer, tokens, given.batch, given.validate_tokens, 0, device=params.machine.device)
+
+
 def step(params: Params, name: str, vocabulary: int = 257) -> Work:
     """One step of pre-training per call, on random tokens."""
-    method = name.partition(",")[0]
-    seed_everything(0, "benchmark")
-    spec = Spec(kind="language-model", method=method, settings=params.method(method), model=params.model, vocabulary=vocabulary)
-    tokens = np.random.default_rng(0).integers(0, vocabulary - 1, TOKENS).astype(np.uint32)
-    given = params.pretrain
-    problem = Language(
-        spec,
-        Tokenizer.make("bytes", [], 0),
-        {"train": tokens},
-        given.batch,
-        given.validate_tokens,
-        0,
-        device=params.machine.device,
-    )
+    problem = language(params, name.partition(",")[0], vocabulary)
     model = problem.fresh()
     if name == LOOP:
         for block in model.blocks:
             block.moe = _Loop(params).to(params.machine.device)
+    return steps_of(problem, model, params.pretrain)
+
+
+def steps_of(problem: Problem, model: nn.Module, given: Training) -> Work:
+    """One step of pre-training a model per call."""
     optimizer = adam(model, given.learning_rate, given.beta2, given.weight_decay)
     return training_step(model, optimizer, problem.objective(model, model.train_mode), given)
 
@@ -107,8 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [arguments.profile] if arguments.profile else list(dict.fromkeys(("dense", *(arguments.names or METHODS))))
     found: dict[str, Any] = {}
-    for name in names:
-        params = load(arguments.params, arguments.overrides, name.partition(",")[0])
+    params = load(arguments.params, arguments.overrides, names[-1].partition(",")[0])
     with at_work(params.machine):
         if arguments.profile:
             for operation, share in profile(step(params, arguments.profile)):

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 LAUNCHER = "VQMOE_LAUNCHER"  # its process
@@ -12,6 +13,7 @@ SECONDS = 1.0
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish")
 
 
+@cache  # who started a process stays the same, however many stages it runs
 def stop_with_dvc() -> None:
     """Watch the dvc and the torchrun that started this process, if they did, and end as by SIGTERM when one has ended.
 

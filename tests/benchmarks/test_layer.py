@@ -14,7 +14,7 @@ def test_it_runs_and_routing_costs_far_less_than_a_loop(tmp_path):
     out = tmp_path / "layer.json"
     shape = ["--tokens", "2048", "--width", "128", "--hidden", "256", "--experts", "32", "--repeats", "7"]
     done = subprocess.run(
-        [sys.executable, "benchmarks/layer.py", *shape, "--out", str(out)],
+        [sys.executable, "-m", "benchmarks.layer", *shape, "--out", str(out)],
         cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,8 @@ from tests.conftest import REPOSITORY
 def test_it_runs_and_writes_what_it_prints(tmp_path):
     command = [
         sys.executable,
-        "benchmarks/loader.py",
+        "-m",
+        "benchmarks.loader",
         "text",
         "vision/digits",
         "--repeats",
