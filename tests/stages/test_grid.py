@@ -207,8 +207,15 @@ def test_two_cells_at_a_time_make_what_one_after_the_other_makes(tmp_path, one_t
 
 
 def test_make_asks_for_as_many_jobs():
+    # Tests are run by make themselves: what that one says to those it starts is not for this one.
+    surroundings = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     for options, command in (([], "dvc repro"), (["JOBS=3"], "vqmoe grid --jobs 3")):
         done = subprocess.run(
-            ["make", "--dry-run", "repro", *options], cwd=REPOSITORY, capture_output=True, text=True, check=True
+            ["make", "--dry-run", "repro", *options],
+            cwd=REPOSITORY,
+            env=surroundings,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout.splitlines()[-1] == command
