@@ -22,7 +22,6 @@ GATHERED = 2**16
 
 Objective = Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
 
-
 _training = False
 
 
@@ -43,7 +42,7 @@ def count() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0. The first one alone records, validates for the record and writes."""
+    """Which of them this is, from 0. The first one alone records and writes."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 

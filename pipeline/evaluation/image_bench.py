@@ -172,7 +172,7 @@ def _nearest(model: Vit, mode: Mode, images: Images) -> dict[int, dict[int, Code
     def see(quantizer: nn.Module, inputs: tuple[Tensor], quantized: object) -> None:
         if isinstance(quantized, Quantized):
             (block,) = (block for block, one in quantizers.items() if one is quantizer)
-            distance_N = (inputs[0] - quantized.value_ND).square().sum(1)
+            distance_N = (inputs[0] - quantized.value()).square().sum(1)
             found.setdefault(block, []).append((model.patches(quantized.code_N).cpu(), model.patches(distance_N).cpu()))
 
     hooks = [quantizer.register_forward_hook(see) for quantizer in quantizers.values()]

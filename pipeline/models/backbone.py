@@ -153,7 +153,7 @@ class Attention(nn.Module):
         self.project = nn.Linear(heads * head_width, width)
 
     def forward(self, x_BTD: Tensor, rotary: nn.Module | None) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x_BTD).chunk(3, dim=-1))
-        if rotary is not None:
-            q, k = rotary(q), rotary(k)
-        return self.project(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
+        qk, v = self.qkv(x_BTD).unflatten(-1, (3 * self.heads, -1)).split([2 * self.heads, self.heads], dim=2)
+        q, k = (qk if rotary is None else rotary(qk)).chunk(2, dim=2)
+        y_BHTF = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), is_causal=self.causal)
+        return self.project(y_BHTF.transpose(1, 2).flatten(2))

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pipeline.moe.experts import Experts
 
+# Of the activation, times a gradient, in its place.
 _DERIVATIVES = {
-    "gelu": torch.ops.aten.gelu_backward.default,
-    "relu": lambda grad, h: torch.ops.aten.threshold_backward.default(grad, h, 0),
+    "gelu": lambda grad, h: torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad),
+    "relu": lambda grad, h: torch.ops.aten.threshold_backward.grad_input(grad, h, 0, grad_input=grad),
 }
 
 
@@ -88,86 +89,93 @@ class _EachExpert(torch.autograd.Function):
         nowhere, *rows = torch.bincount(index_A + 1, minlength=len(w1_EDH) + 1).tolist()
         _, *tails = torch.bincount(index_NK[:, -1] + 1, minlength=len(w1_EDH) + 1).tolist()
         order_R = torch.argsort(index_A, stable=True)[nowhere:]
-        # Where an assignment's answer is; that to no expert finds the zeros after the last one.
-        place_A = torch.full_like(index_A, len(order_R))
-        place_A[order_R] = torch.arange(len(order_R))
-        place_NK, token_R = place_A.view(slots, tokens).T.contiguous(), order_R % tokens
+        token_R = order_R % tokens
         source_R = token_R * slots + order_R // tokens  # the place in (N, K)
         row_R = token_R if len(x_MD) == tokens else source_R
         code_R = None if code_N is None else code_N[token_R]
-        y_RD, kept = _with_zeros(x_MD, len(order_R)), []
-        parts = row_R.split(rows), _split(code_R, rows), tails, y_RD[:-1].split(rows)
-        weights = w1_EDH.unbind(), b1_EH.unbind(), w2_EHD.unbind(), b2_ED.unbind()
-        for row, code, tail, y, w1, b1, w2, b2 in zip(*parts, *weights, strict=True):
-            h, a, mask = torch.addmm(b1, _read(x_MD, row, table_CD, code, tail), w1), None, None
+        # With weights a token's answers are summed, without them each assignment has a place of its own.
+        to_R, weight_R1 = (source_R, None) if weight_NK is None else (token_R, weight_NK.reshape(-1, 1)[source_R])
+        y_MD, kept = x_MD.new_zeros(tokens * slots if weight_NK is None else tokens, x_MD.shape[1]), []
+        parts = (part.split(rows) for part in (row_R, to_R))
+        parts_or_none = (_split(part, rows) for part in (code_R, weight_R1))
+        weights = (one.unbind() for one in (w1_EDH, b1_EH, w2_EHD, b2_ED))
+        for row, to, code, weight, w1, b1, w2, b2, tail in zip(*parts, *parts_or_none, *weights, tails, strict=True):
+            h, mask = torch.addmm(b1, _read(x_MD, row, table_CD, code, tail), w1), None
             if len(row):
                 a = getattr(F, activation)(h)
                 if dropout:
                     a, mask = torch.native_dropout(a, dropout, True)
-                torch.addmm(b2, a, w2, out=y)
+                y = torch.addmm(b2, a, w2)
+                y_MD.index_add_(0, to, y if weight is None else y.mul_(weight))
             if learns:
-                kept.append((h, a, mask))
-        ctx.save_for_backward(x_MD, w1_EDH, w2_EHD, b2_ED, table_CD, weight_NK, code_R, token_R, source_R, row_R, place_NK)
+                kept.append((h, mask))
+        ctx.save_for_backward(x_MD, w1_EDH, w2_EHD, b2_ED, table_CD, code_R, weight_R1, row_R, to_R, source_R)
         # Not saved as those are, which live until the whole backward pass is done: half of the memory that a pass takes.
         ctx.kept = kept
         ctx.rows, ctx.tails, ctx.dropout, ctx.activation = rows, tails, dropout, activation
-        if weight_NK is None:
-            return y_RD.index_select(0, place_NK.flatten()).view(tokens, slots, -1)
-        return F.embedding_bag(place_NK, y_RD, mode="sum", per_sample_weights=weight_NK)
+        ctx.shape = index_NK.shape
+        return y_MD.view(tokens, slots, -1) if weight_NK is None else y_MD
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, w1_EDH, w2_EHD, b2_ED, table_CD, weight_NK, code_R, token_R, source_R, row_R, place_NK = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None
+        x_MD, w1_EDH, w2_EHD, b2_ED, table_CD, code_R, weight_R1, row_R, to_R, source_R = ctx.saved_tensors
+        kept, ctx.kept, scale = ctx.kept, None, 1 / (1 - ctx.dropout)
         if kept is None:
             raise RuntimeError("backward a second time through the same experts, whose hidden states are gone")
         wants_x, *wants, wants_weight, wants_table = ctx.needs_input_grad[:7]
         rows, dw1_EDH, dw2_EHD = ctx.rows, torch.empty_like(w1_EDH), torch.empty_like(w2_EHD)
         db1_EH, db2_ED = (one.new_empty(one.shape[::2]) for one in (w1_EDH, w2_EHD))
-        dx_RD, dweight_R = _with_zeros(x_MD, len(token_R)), grad.new_zeros(len(token_R) + 1)
+        dx_MD = torch.zeros_like(x_MD) if wants_x else None
         dtable_CD = torch.zeros_like(table_CD) if wants_table else None
-        # Without weights each assignment has a gradient of its own, with them each token.
-        from_R, grad = (source_R, grad.flatten(0, 1)) if weight_NK is None else (token_R, grad)
-        weight_R1 = None if weight_NK is None else weight_NK.reshape(-1, 1)[source_R]
+        dweight_R, grad_MD = grad.new_empty(len(to_R)), grad.reshape(-1, grad.shape[-1])
         parts = (
-            (part.split(rows) for part in (from_R, row_R, dx_RD[:-1], dweight_R[:-1])),
+            (part.split(rows) for part in (row_R, to_R, dweight_R)),
             (_split(part, rows) for part in (code_R, weight_R1)),
             (one.unbind() for one in (w1_EDH, w2_EHD, b2_ED, dw1_EDH, db1_EH, dw2_EHD, db2_ED)),
             (ctx.tails,),
         )
-        for source, row, dx, dweight, code, weight, w1, w2, b2, dw1, db1, dw2, db2, tail in zip(*chain(*parts), strict=True):
-            h, a, mask = kept.pop(0)
+        for row, to, dweight, code, weight, w1, w2, b2, dw1, db1, dw2, db2, tail in zip(*chain(*parts), strict=True):
+            h, mask = kept.pop(0)
             if not len(row):
                 for one in (dw1, db1, dw2, db2):
                     one.zero_()
                 continue
-            dy = grad.index_select(0, source)
+            dy = grad_MD.index_select(0, to)
             dh = dy @ w2.T
             if wants_weight:
-                # The gradient times the answer a w2 + b2, which is not kept.
-                torch.add(torch.linalg.vecdot(dh, a), dy @ b2, out=dweight)
+                torch.mv(dy, b2, out=dweight)
             if weight is not None:
                 dy.mul_(weight)
-                dh.mul_(weight)
-            if mask is not None:
-                dh = torch.ops.aten.native_dropout_backward(dh, mask, 1 / (1 - ctx.dropout))
-            dh = _DERIVATIVES[ctx.activation](dh, h)
+            if wants_weight or any(wants):
+                # Again, rather than kept: while h is in the cache this takes no longer than to fetch it.
+                a = getattr(F, ctx.activation)(h)
+                if mask is not None:
+                    a = torch.ops.aten.native_dropout_backward(a, mask, scale)
             if any(wants):
                 torch.mm(a.T, dy, out=dw2)
                 torch.sum(dy, 0, out=db2)
+            if wants_weight:
+                # The gradient times the answer a w2 + b2, which is not kept.
+                dweight.add_(a.mul_(dh).sum(1))
+            if weight is not None:
+                dh.mul_(weight)
+            if mask is not None:
+                dh = torch.ops.aten.native_dropout_backward(dh, mask, scale)
+            _DERIVATIVES[ctx.activation](dh, h)
+            if any(wants):
                 torch.mm(_read(x_MD, row, table_CD, code, tail).T, dh, out=dw1)
                 torch.sum(dh, 0, out=db1)
             if wants_x or wants_table:
-                torch.mm(dh, w1.T, out=dx)
+                dx = dh @ w1.T
             if wants_table and tail:
                 dtable_CD.index_add_(0, code[-tail:], dx[-tail:])
-        dx_MD = None
-        if wants_x and len(x_MD) == len(place_NK):
-            dx_MD = F.embedding_bag(place_NK, dx_RD, mode="sum")
-        elif wants_x:
-            dx_MD = dx_RD.index_select(0, place_NK.flatten())
+            if wants_x:
+                dx_MD.index_add_(0, row, dx)
         dexperts = (dw1_EDH, db1_EH, dw2_EHD, db2_ED) if any(wants) else (None,) * 4
-        dweight_NK = dweight_R[place_NK] if wants_weight else None
+        dweight_NK = None
+        if wants_weight:
+            tokens, slots = ctx.shape
+            dweight_NK = dweight_R.new_zeros(tokens * slots).index_copy_(0, source_R, dweight_R).view(tokens, slots)
         return dx_MD, *dexperts, dweight_NK, dtable_CD, None, None, None, None, None
 
 
@@ -181,13 +189,6 @@ def _read(x_MD: Tensor, row: Tensor, table_CD: Tensor | None, code: Tensor | Non
     if table_CD is not None and tail:
         x[-tail:] += table_CD.index_select(0, code[-tail:])
     return x
-
-
-def _with_zeros(like: Tensor, rows: int) -> Tensor:
-    """Room for so many rows as wide as another tensor's, and one of zeros after them."""
-    room = like.new_empty(rows + 1, like.shape[1])
-    room[-1] = 0
-    return room
 
 
 def grouped(

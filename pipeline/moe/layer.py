@@ -170,9 +170,9 @@ class VQMoE(nn.Module):
 
     def _discrete_input(self, x_ND: Tensor, quantized: Quantized) -> Tensor:
         if self.settings.input == "code":
-            return x_ND + (quantized.value_ND - x_ND).detach()
+            return x_ND + (quantized.value() - x_ND).detach()
         if self.settings.input == "blend":
-            return (1 - self.settings.blend) * x_ND + self.settings.blend * (quantized.value_ND - x_ND).detach()
+            return (1 - self.settings.blend) * x_ND + self.settings.blend * (quantized.value() - x_ND).detach()
         return x_ND + quantized.embedding_ND
 
     def _both(self, x_ND: Tensor, id_N: Tensor | None, quantized: Quantized, expert_N1: Tensor) -> tuple[Routing, Tensor]:
@@ -202,7 +202,9 @@ class VQMoE(nn.Module):
 
 def _one(quantized: Quantized) -> Tensor:
     """The weight of the discrete expert, 1, with its gradient where the variant has one (N, 1)."""
-    return torch.ones_like(quantized.value_ND[:, :1]) if quantized.weight_N1 is None else quantized.weight_N1
+    if quantized.weight_N1 is not None:
+        return quantized.weight_N1
+    return torch.ones_like(quantized.code_N[:, None], dtype=quantized.error.dtype)
 
 
 # Methods that are more than a router.

@@ -5,8 +5,6 @@ Where processes share a step, loads are those of all of their tokens.
 Shapes: N tokens, E experts, K experts per token, D width.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,37 +60,6 @@ def codebook_loss(*, x_ND: Tensor, value_ND: Tensor) -> Tensor:
 def commitment_loss(*, x_ND: Tensor, value_ND: Tensor) -> Tensor:
     """||x - sg(v)||^2, mean over elements: keeps tokens near their code (VQ-VAE, third term)."""
     return F.mse_loss(x_ND, value_ND.detach())
-
-
-def quantize(*, x_ND: Tensor, codebook_CD: Tensor, code_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token's code (N, D), without gradient, and the codebook and the commitment loss of these.
-
-    As `codebook_loss` and `commitment_loss`, whose values are equal, in a third of the passes over the tokens.
-    """
-    return _Quantize.apply(x_ND, codebook_CD, code_N)
-
-
-class _Quantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, codebook_CD: Tensor, code_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value_ND = codebook_CD.index_select(0, code_N)
-        away_ND = x_ND - value_ND
-        error = torch.linalg.vector_norm(away_ND).square() / away_ND.numel()
-        ctx.save_for_backward(away_ND, code_N)
-        ctx.codes = len(codebook_CD)
-        ctx.mark_non_differentiable(value_ND)
-        return value_ND, error, error.clone()
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor, codebook: Tensor, commitment: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        away_ND, code_N = ctx.saved_tensors
-        scale, dx_ND, dcodebook_CD = 2 / away_ND.numel(), None, None
-        if ctx.needs_input_grad[1]:
-            sum_CD = away_ND.new_zeros(ctx.codes, away_ND.shape[1]).index_add_(0, code_N, away_ND)
-            dcodebook_CD = -scale * codebook * sum_CD
-        if ctx.needs_input_grad[0]:
-            dx_ND = away_ND * (scale * commitment)
-        return dx_ND, dcodebook_CD, None
 
 
 def _variation(total_E: Tensor) -> Tensor:

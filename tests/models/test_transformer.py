@@ -43,7 +43,7 @@ def test_order_matters(tiny_params, seeded, positions):
 
 def test_rotary_products_depend_on_distance_only(seeded):
     rotary, x = Rotary(8, 30), torch.randn(8)
-    turned = rotary(x.expand(30, 8))
+    turned = rotary(x.expand(1, 30, 1, 8))[0, :, 0]
     products = [float(turned[i] @ turned[i + 3]) for i in range(20)]
     assert max(products) - min(products) < 1e-4
     assert abs(float(turned[0] @ turned[4]) - products[0]) > 1e-3

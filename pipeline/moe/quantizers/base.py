@@ -3,6 +3,7 @@
 Shapes: N tokens, D width, C codes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,15 +23,16 @@ class Settings(Protocol):
 class Quantized(NamedTuple):
     """A quantizer's answer for N tokens.
 
-    `value_ND` is the quantized token in the model's width, without a straight-through estimator. `weight_N1` is
-    exactly 1 and carries the task's gradient to the codes; None if the variant has none. `embedding_ND` is what
-    `input: residual` adds to the token where the variant says so itself (`embeds`), else None. `error` is the mean of
-    (x - v)^2 over elements, without gradient; `losses` are raw values, of `codebook` and `commitment` those there are.
-    `scores_NC` are the scores of all codes, the highest that of `code_N`; None if the variant compares no codes.
+    `value()` is the quantized token in the model's width (N, D), without a straight-through estimator; a function, since most do
+    not ask for it, and true until the codes move. `weight_N1` is exactly 1 and carries the task's gradient to the codes; None if
+    the variant has none. `embedding_ND` is what `input: residual` adds to the token where the variant says so itself (`embeds`),
+    else None. `error` is the mean of (x - v)^2 over elements, without gradient; `losses` are raw values, of `codebook` and
+    `commitment` those there are. `scores_NC` are the scores of all codes, the highest that of `code_N`; None if the variant
+    compares no codes.
     """
 
     code_N: Tensor
-    value_ND: Tensor
+    value: Callable[[], Tensor]
     weight_N1: Tensor | None
     embedding_ND: Tensor | None
     error: Tensor

@@ -31,7 +31,7 @@ class Ema(Codebook):
         code_N = scores_NC.argmax(1)
         value_ND = F.embedding(code_N, self._centres())
         commitment = commitment_loss(x_ND=x_ND, value_ND=value_ND)
-        return Quantized(code_N, value_ND, None, None, commitment.detach(), {"commitment": commitment}, scores_NC)
+        return Quantized(code_N, lambda: value_ND, None, None, commitment.detach(), {"commitment": commitment}, scores_NC)
 
     def _follow(self, x_ND: Tensor, code_N: Tensor, count_C: Tensor) -> None:
         # The moving sum is v times the moving share, so that it need not be kept: v moves to the mean of its tokens by

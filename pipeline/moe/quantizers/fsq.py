@@ -78,7 +78,7 @@ class Fsq(Quantizer):
         digits_NG, code_N = self._digits(x_ND)
         value_ND = self.up(digits_NG.detach())
         codebook = codebook_loss(x_ND=x_ND, value_ND=value_ND)
-        return Quantized(code_N, value_ND, None, self.embedding(digits_NG), codebook.detach(), {"codebook": codebook})
+        return Quantized(code_N, lambda: value_ND, None, self.embedding(digits_NG), codebook.detach(), {"codebook": codebook})
 
 
 def _prime_factors(number: int) -> list[int]:

@@ -51,4 +51,4 @@ class LowDim(Ema):
             "codebook": codebook + F.mse_loss(v_NL, z_NL),
             "commitment": commitment_loss(x_ND=x_ND, value_ND=value_ND),
         }
-        return Quantized(code_N, value_ND, None, None, codebook.detach(), losses, scores_NC)
+        return Quantized(code_N, lambda: value_ND, None, None, codebook.detach(), losses, scores_NC)

@@ -6,8 +6,7 @@ Shapes: N tokens, D width, C codes.
 from torch import Tensor
 
 from pipeline.moe.quantizers.base import Quantized
-from pipeline.moe.quantizers.kmeans import distances
-from pipeline.moe.quantizers.nearest import Nearest
+from pipeline.moe.quantizers.nearest import Nearest, compare
 
 # Against distances per element, which change far less than a router's scores do: at 1 assignments hardly learn.
 TEMPERATURE = 0.05
@@ -21,7 +20,7 @@ class Task(Nearest):
     """
 
     def _quantize(self, x_ND: Tensor) -> Quantized:
-        scores_NC = -distances(x_ND, self.codebook_CD) / (x_ND.shape[1] * TEMPERATURE)
-        code_N = scores_NC.argmax(1)
+        distance_NC, code_N, codebook, commitment = compare(x_ND, self.codebook_CD)
+        scores_NC = distance_NC * (-1 / (x_ND.shape[1] * TEMPERATURE))
         chosen_N1 = scores_NC.softmax(1).gather(1, code_N[:, None])
-        return self._of(x_ND, code_N, scores_NC)._replace(weight_N1=1 + (chosen_N1 - chosen_N1.detach()))
+        return self._of(code_N, codebook, commitment, scores_NC, 1 + (chosen_N1 - chosen_N1.detach()))

@@ -38,14 +38,16 @@ class StableMoE(Router):
         )
         nn.init.orthogonal_(self.light[1].weight, gain=0.1)
         self.register_buffer("frozen", torch.tensor(False))
+        self.register_load_state_dict_post_hook(_as_loaded)
+        self._decided = False  # the same for the host, which would have to wait for a GPU to tell
 
     def forward(self, x_ND: Tensor, id_N: Tensor | None) -> Routing:
         assert id_N is not None, "stablemoe routes by token ids"
         scores_NE, light_NE = x_ND @ self.expert_ED.T, self.light(id_N)
-        deciding_NE = light_NE.detach() if self.frozen else scores_NE
+        deciding_NE = light_NE.detach() if self._decided else scores_NE
         index_NK = deciding_NE.topk(self.settings.top_k, dim=-1).indices
         weight_NK = scores_NE.gather(1, index_NK).sigmoid()
-        if self.frozen:
+        if self._decided:
             return Routing(index_NK, weight_NK, deciding_NE, {})
         balance = overload_loss(weight_NK=weight_NK, index_NK=index_NK, experts=scores_NE.shape[1])
         distil = distillation_loss(scores_NE=light_NE, index_NK=index_NK)
@@ -57,6 +59,11 @@ class StableMoE(Router):
         for router in routers:
             if done >= router.settings.distil_share:
                 router.frozen.fill_(True)
+                router._decided = True
 
     def assignment_parameters(self) -> list[nn.Parameter]:
-        return [self.expert_ED] if self.frozen else list(self.parameters())
+        return [self.expert_ED] if self._decided else list(self.parameters())
+
+
+def _as_loaded(router: StableMoE, _: object) -> None:
+    router._decided = bool(router.frozen)

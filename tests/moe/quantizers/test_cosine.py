@@ -12,7 +12,7 @@ def test_the_length_of_a_token_changes_neither_its_code_nor_the_codebook(seeded)
         made = Cosine(SimpleNamespace(codes=4, dead_share=0.1), 6).train()
         for x_ND in directions_ND:
             answer = made(lengths_N1 * x_ND)
-        codebooks.append((answer.code_N, answer.value_ND, made.codebook_CD))
+        codebooks.append((answer.code_N, answer.value(), made.codebook_CD))
     for one, other in zip(*codebooks, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(answer.value_ND.square().mean(1), torch.ones(60))
+    torch.testing.assert_close(answer.value().square().mean(1), torch.ones(60))

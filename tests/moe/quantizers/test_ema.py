@@ -35,7 +35,7 @@ def test_it_agrees_with_vector_quantize_pytorch(seeded):
         x_ND = torch.randn(10, 4)
         answer, (value_ND, code_N, _) = made(x_ND), library(x_ND[None])
         assert torch.equal(answer.code_N, code_N[0])
-        torch.testing.assert_close(answer.value_ND, value_ND[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(answer.value(), value_ND[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(made.codebook_CD, library.embed[0], atol=1e-4, rtol=1e-4)
 
 
