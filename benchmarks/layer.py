@@ -4,7 +4,7 @@
     python -m benchmarks.layer --device cuda --tokens 65536 --width 1024 --hidden 2048 --experts 16 64
 
 Forward and backward, timed in turns; beside the project's layers a loop over experts with boolean masks, as the paper's code has
-it, and the sparse block of transformers, where that is installed. The table goes to the terminal, the numbers to
+it, and the layers of transformers and st-moe-pytorch, where those are installed. The table goes to the terminal, the numbers to
 benchmarks/results/layer.json.
 """
 
@@ -29,7 +29,9 @@ from pipeline.training.seeding import seed_everything
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-# A name, the method, its mode, and experts per token. An expert of transformers has three matrices, so 1.5 times the FLOPs.
+# Tokens of the sequences that st-moe-pytorch is given: within each its experts take at most so many, the rest is dropped.
+SEQUENCE = 256
+# A name, the method, its mode, and experts per token. An expert of either library has three matrices, so 1.5 times the FLOPs.
 LAYERS = [
     ("dense (k=2)", "dense", "dense", 2),
     ("smoe", "smoe", "router", 2),
@@ -76,6 +78,9 @@ def works(sizes: Sizes, tokens: int, machine: Machine) -> dict[str, Callable[[],
     for name, block in _transformers(sizes):
         block = block.to(machine.device)
         found[name] = _pass(block, lambda block=block: (block(x_ND[None])[0], 0.0), x_ND, upstream_ND)
+    for name, block in _st_moe(sizes):
+        block = block.to(machine.device)
+        found[name] = _pass(block, lambda block=block: block(x_ND.unflatten(0, (-1, SEQUENCE)))[:2], x_ND, upstream_ND)
     return found
 
 
@@ -113,6 +118,14 @@ def _transformers(sizes: Sizes) -> list[tuple[str, nn.Module]]:
             nn.init.normal_(parameter, std=0.02)
         blocks.append((f"transformers, {kind}", block))
     return blocks
+
+
+def _st_moe(sizes: Sizes) -> list[tuple[str, nn.Module]]:
+    try:
+        from st_moe_pytorch import MoE
+    except ImportError:
+        return []
+    return [("st-moe-pytorch", MoE(sizes.width, sizes.experts, expert_hidden_mult=1.5 * sizes.hidden / sizes.width))]
 
 
 def main() -> None:

@@ -20,12 +20,13 @@ from pipeline.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+REPRO = "dvc repro, unchanged"
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
     "python, import torch": [sys.executable, "-c", "import torch"],
     "vqmoe --help": ["vqmoe", "--help"],
     "stage": ["vqmoe", "pretrain", "-Spretrain.steps=1", "-Spretrain.validate_every=1", "-Spretrain.validate_tokens=64"],
-    "dvc repro, unchanged": ["dvc", "repro"],
+    REPRO: ["dvc", "repro"],
 }
 
 
@@ -40,7 +41,7 @@ def works(folder: Path) -> dict[str, Work]:
 
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(whole)], check=True)
     (whole / "params.yaml").write_text((whole / "presets/tiny.yaml").read_text())
-    run(whole, "dvc", "repro")
+    run(whole, *COMMANDS[REPRO])
     shutil.copytree(whole, copy)
     return {
         name: lambda name=name, command=command: run(copy if name == "stage" else whole, *command)
