@@ -17,6 +17,8 @@ Workflow:
   vqmoe grid --jobs 4               the same, four methods or seeds at a time
   vqmoe compare                     the claims and the main table again, in the terminal
   vqmoe ui                          compare the runs in MLflow
+  vqmoe generate --prompt "the"     text from a language model
+  vqmoe classify --text "..."       the label of a text; of lines of files, of images
   vqmoe reproduce RUN_ID            run again what a run was made from, and compare
   vqmoe train --method smoe         all stages of one method in one process, under runs/
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
@@ -68,6 +70,11 @@ def _with_params(command: Any) -> Any:
 def _with_cell(command: Any) -> Any:
     command = click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Default: the first of grid.seeds.")(command)
     return click.option("--method", help="A section under methods. Default: the first of grid.methods.")(command)
+
+
+def _with_model(place: str) -> Any:
+    text = f"A folder with model.json. Default: that of the first method and seed under {place}."
+    return click.option("--model", type=click.Path(path_type=Path), help=text)
 
 
 def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = None, seed: int | None = None) -> Any:
@@ -163,6 +170,55 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
     train_cell(params, Paths(here.root, out), cell)
     if not ranks.rank():
         click.echo(f"Models and results: {out}")
+
+
+@main.command(help="Go on with a text, by a language model; the same seed gives the same text.")
+@_with_params
+@_with_model("outputs/pretrain")
+@click.option("--prompt", default="the", show_default=True, help="What the text begins with.")
+@click.option("--length", default=400, show_default=True, type=click.IntRange(1), help="Tokens to add.")
+@click.option("--temperature", default=0.8, show_default=True, help="Over 0; 0 is the most likely token always.")
+@click.option("--top-p", default=1.0, show_default=True, help="Draw among the fewest tokens of this probability together.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+def generate(
+    file: Path | None,
+    overrides: tuple[str, ...],
+    model: Path | None,
+    prompt: str,
+    length: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
+    from pipeline.serving import Sampling
+    from stages import use
+    from stages.paths import Paths
+
+    sampling = Sampling(temperature, top_p)
+    use.generate(model or use.default_model(_load(file, overrides), Paths.here(), "pretrain"), prompt, length, sampling, seed)
+
+
+@main.command(help="Label texts, lines of text FILES (- is standard input) or images, by a classifier.")
+@_with_params
+@_with_model("outputs/finetune")
+@click.option("--text", "texts", multiple=True, help="A text to label; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines, with the probabilities of all labels.")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def classify(
+    file: Path | None,
+    overrides: tuple[str, ...],
+    model: Path | None,
+    texts: tuple[str, ...],
+    as_json: bool,
+    files: tuple[Path, ...],
+) -> None:
+    from pipeline.errors import UsageError
+    from stages import use
+    from stages.paths import Paths
+
+    if not texts and not files:
+        raise UsageError("nothing to label; name files, - for standard input, or --text")
+    use.classify(model or use.default_model(_load(file, overrides), Paths.here(), "finetune"), texts, files, as_json)
 
 
 @main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.train import load, step
+from benchmarks.train import language, load, step
+from pipeline.config import Params
 from pipeline.evaluation.compute import Work, interval, measure
 from pipeline.files import write_json
 
@@ -92,13 +94,25 @@ def codes(repeats: int) -> dict[str, Any]:
 
 
 def vocabulary(repeats: int) -> dict[str, Any]:
-    """Adaptive against full softmax over the words of WikiText-103: time, and memory beyond the weights."""
-    given = ("pretrain.batch=4", "model.layers=2")
-    works = {
-        "full softmax": step(load(WORDS, ("model.cutoffs=[]", *given), "smoe"), "smoe", ENTRIES + 1),
-        "adaptive softmax": step(load(WORDS, given, "smoe"), "smoe", ENTRIES + 1),
-    }
-    return _ratios(works, repeats)
+    """Adaptive against full softmax over the words of WikiText-103, in a step and alone: time, and memory beyond the weights."""
+    given = ("pretrain.batch=4", "model.layers=2", "machine.precision=fp32", "machine.device=cpu")
+    kinds = {"full": load(WORDS, ("model.cutoffs=[]", *given), "smoe"), "adaptive": load(WORDS, given, "smoe")}
+    found = _ratios({f"step, {kind} softmax": step(params, "smoe", ENTRIES + 1) for kind, params in kinds.items()}, repeats)
+    return found | _ratios({f"{kind} softmax alone": _softmax(params) for kind, params in kinds.items()}, repeats)
+
+
+def _softmax(params: Params) -> Work:
+    """Scores of the next tokens of a batch, and their gradients."""
+    problem = language(params, "smoe", ENTRIES + 1)
+    model = problem.fresh()
+    state_ND = torch.randn(params.pretrain.batch * params.model.context, model.width, requires_grad=True)
+    target_N = torch.from_numpy(problem.tokens["train"][: len(state_ND)].astype(np.int64))
+
+    def run() -> None:
+        model.zero_grad()
+        model.nats(state_ND, target_N).mean().backward()
+
+    return run
 
 
 def corpus(_: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.start
 
-In a clone of this repository, after the tiny experiment has run there; beside them python alone, and with torch. `stage` is a
-pre-training of one step. Processes are timed in turns; the table goes to the terminal, the numbers to
+In a clone of this repository, after a tiny experiment on a few kilobytes of text has run there; beside them python alone, and
+with torch. `stage` is a pre-training of one step. Processes are timed in turns; the table goes to the terminal, the numbers to
 benchmarks/results/start.json.
 """
 
@@ -20,18 +20,24 @@ from pipeline.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+# What makes the tiny experiment read little.
+SMALL = {
+    "  corpus: sotu ": "  corpus: small ",
+    "    era: era ": "    era: small.csv ",
+    "    austen: austen ": "    austen: small ",
+}
 REPRO = "dvc repro, unchanged"
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
     "python, import torch": [sys.executable, "-c", "import torch"],
     "vqmoe --help": ["vqmoe", "--help"],
-    "stage": ["vqmoe", "pretrain", "-Spretrain.steps=1", "-Spretrain.validate_every=1", "-Spretrain.validate_tokens=64"],
+    "stage": ["vqmoe", "pretrain", "-Spretrain.steps=1", "-Spretrain.validate_every=1"],
     REPRO: ["dvc", "repro"],
 }
 
 
 def works(folder: Path) -> dict[str, Work]:
-    """Each command where the tiny experiment has been run before; the stage in a copy, since it leaves other outputs."""
+    """Each command where an experiment has been run before; the stage in a copy, since it leaves other outputs."""
     whole, copy = folder / "whole", folder / "copy"
 
     def run(place: Path, *command: str) -> None:
@@ -40,7 +46,16 @@ def works(folder: Path) -> dict[str, Work]:
         subprocess.run(command, cwd=place, env=environment, check=True, capture_output=True)
 
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(whole)], check=True)
-    (whole / "params.yaml").write_text((whole / "presets/tiny.yaml").read_text())
+    given = (whole / "presets/tiny.yaml").read_text()
+    for there, small in SMALL.items():
+        assert given.count(there) == 1, there
+        given = given.replace(there, small)
+    (whole / "params.yaml").write_text(given)
+    (whole / "small").mkdir()
+    for split in ("train", "valid", "test"):
+        (whole / f"small/{split}.txt").write_text("a few words and the next\n" * 200)
+    rows = [f"words {label} and more,{label},{split}" for split in ("train", "valid", "test") for label in ("one", "other")]
+    (whole / "small.csv").write_text("\n".join(["text,label,split", *rows]))
     run(whole, *COMMANDS[REPRO])
     shutil.copytree(whole, copy)
     return {

@@ -41,11 +41,13 @@ TOKENS = 2_000_000
 
 
 def language(params: Params, method: str, vocabulary: int = 257) -> Language:
-    """Random tokens to be predicted by a method's model."""
+    """Random tokens, frequent and rare ones as words are (Zipf), to be predicted by a method's model."""
     seed_everything(0, "benchmark")
     settings, given = params.method(method), params.pretrain
     spec = Spec(kind="language-model", method=method, settings=settings, model=params.model, vocabulary=vocabulary)
-    tokens = {"train": np.random.default_rng(0).integers(0, vocabulary - 1, TOKENS).astype(np.uint32)}
+    shares = 1 / np.arange(1, vocabulary)
+    drawn = np.random.default_rng(0).choice(vocabulary - 1, TOKENS, p=shares / shares.sum())
+    tokens = {"train": drawn.astype(np.uint32)}
     tokenizer = Tokenizer.make("bytes", [], 0)
     return Language(spec, tokenizer, tokens, given.batch, given.validate_tokens, 0, device=params.machine.device)
 

@@ -27,7 +27,7 @@ SECTIONS = {
 }
 
 # Code each stage depends on. Not among it: cli.py, stages/{execute,grid,orphan,resume,reproduce}.py and pipeline/tracking,
-# which start a stage and record it but have no part in its results.
+# which start a stage and record it but have no part in its results, and what comes after: stages/use.py, pipeline/serving.
 COMMON_CODE = ("pipeline/errors.py", "pipeline/files.py", "stages/paths.py")
 _TRAINING = (
     "pipeline/config.py",

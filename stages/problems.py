@@ -114,6 +114,7 @@ def image_classifier(params: SimpleNamespace, cell: Cell, found: ImageSet) -> Sp
         method=cell.method,
         settings=params.method,
         model=params.model,
+        view=params.data.view,
         channels=channels,
         size=size,
         labels=found.classes,
@@ -127,6 +128,7 @@ def language_model(params: SimpleNamespace, cell: Cell, tokenizer: Tokenizer) ->
         method=cell.method,
         settings=params.method,
         model=params.model,
+        view=params.data.view,
         vocabulary=tokenizer.size,
         tokenizer=tokenizer.digest,
     )

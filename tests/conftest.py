@@ -11,8 +11,10 @@ import torch
 from pipeline import config
 from pipeline.data import archives
 from pipeline.data.corpora import PUBLISHED
-from pipeline.models.build import Spec
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.models.build import Spec, build
 from pipeline.moe.layer import SETTINGS
+from pipeline.training import checkpoint
 from tests.data.server import Server
 
 REPOSITORY = Path(__file__).parent.parent
@@ -131,6 +133,23 @@ def tiny_spec(tiny_params):
         return Spec(kind=kind, method=method, **described)
 
     return describe
+
+
+@pytest.fixture
+def served(tmp_path, tiny_spec, seeded):
+    """A function that writes a fresh model as a stage does, and gives its folder."""
+
+    def write(kind="language-model", method="vqmoe", tokenizer=None, **more):
+        tokenizer = tokenizer or Tokenizer.bytes()
+        described = {"view": "bytes", "vocabulary": tokenizer.size, "tokenizer": tokenizer.digest} | more
+        spec = tiny_spec(method, kind, **described)
+        folder = tmp_path / kind
+        folder.mkdir()
+        checkpoint.save(folder, build(spec), spec)
+        tokenizer.save(folder / "tokenizer.json")
+        return folder
+
+    return write
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from pipeline.data.corpora import SPLITS
-from pipeline.data.image_files import ARRAYS, FOLDERS, Broken, Stored, StoredSet
+from pipeline.data.image_files import ARRAYS, FOLDERS, Broken, Stored, StoredSet, decoded
 from pipeline.data.image_sets import held_out, stored_images
 from pipeline.data.images import CHANNELS, Images, ImageSet, View
 from pipeline.errors import Failure
@@ -97,6 +97,14 @@ def fitted(image_CHW: Tensor, view: View, size: int) -> Tensor:
     # Each of the two returns an image that has its size already unchanged.
     image_CHW = functional.center_crop(functional.resize(image_CHW, [size], antialias=True), [size, size])
     return image_CHW.expand(channels, size, size)
+
+
+def read_image(path: Path, view: View, size: int) -> np.ndarray:
+    """An image file's pixels (C, size, size) as `fitted`. Raises Failure if it cannot be read."""
+    try:
+        return fitted(decoded(str(path)), view, size).numpy()
+    except Broken as error:
+        raise Failure(f"{path}: {error}; name an image, such as a .png or .jpg") from None
 
 
 def _test_images(found: StoredSet, source: str, view: View, size: int, broken: str) -> tuple[Images, int]:

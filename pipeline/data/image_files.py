@@ -54,7 +54,7 @@ def read_folder(path: Path) -> StoredSet:
     """Folders of classes in a folder per split; or, with none of these, folders of classes."""
     names = _splits(path, lambda name: (path / name).is_dir())
     try:
-        found = {split: datasets.ImageFolder(path / name, loader=_decoded) for split, name in (names or {"all": "."}).items()}
+        found = {split: datasets.ImageFolder(path / name, loader=decoded) for split, name in (names or {"all": "."}).items()}
     except OSError as error:  # of a folder without classes, or a class without images, too
         raise Failure(f"{path}: {str(error).rstrip('.')}; expected {FOLDERS}") from None
     first, *others = found
@@ -119,7 +119,7 @@ def _jpegs(path: Path, file: Any) -> dict[str, Stored]:
 
     def stored(rows: np.ndarray) -> Stored:
         def read(i: int) -> Tensor:
-            return _decoded(BytesIO(blob[offset[rows[i]] : offset[rows[i] + 1]].tobytes()))
+            return decoded(BytesIO(blob[offset[rows[i]] : offset[rows[i] + 1]].tobytes()))
 
         return Stored(labels_N[rows], read, lambda i: f"{path}, image {rows[i]}")
 
@@ -169,7 +169,7 @@ def _splits(path: Path, there: Callable[[str], bool]) -> dict[str, str]:
     return names
 
 
-def _decoded(file: str | BytesIO) -> Tensor:
+def decoded(file: str | BytesIO) -> Tensor:
     """uint8 (C, H, W): one channel of a grey image, else three; transparency is dropped."""
     try:
         with Image.open(file) as image:

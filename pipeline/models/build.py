@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 from torch import nn
 
-from pipeline.config import TextModel, VisionModel
+from pipeline.config import ImageView, TextModel, TextView, VisionModel
 from pipeline.errors import UsageError
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
@@ -17,9 +17,10 @@ from pipeline.moe.routers.base import Settings
 class Spec(BaseModel):
     """Everything needed to build a model; stored beside its weights and compared when they are loaded.
 
-    A model of text has a vocabulary and `tokenizer`, the digest of the one whose ids it reads: other ids of as large a
-    vocabulary mean other text. One of images has their channels and the length of their sides. Both kinds of classifiers have
-    labels, and one of text a pooling and a dropout of its head.
+    The view is what is done to texts or images before the model reads them; None for a model of what is made up. A model of
+    text has a vocabulary and `tokenizer`, the digest of the one whose ids it reads: other ids of as large a vocabulary mean
+    other text. One of images has their channels and the length of their sides. Both kinds of classifiers have labels, and one
+    of text a pooling and a dropout of its head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,6 +29,7 @@ class Spec(BaseModel):
     method: str
     settings: Any
     model: TextModel | VisionModel
+    view: TextView | ImageView | None = None
     vocabulary: int | None = None
     tokenizer: str | None = None
     channels: int | None = None

@@ -90,6 +90,12 @@ class Transformer(Backbone):
         valid = target >= 0
         return state.new_zeros(target.shape).masked_scatter(valid, -self.adaptive(state[valid], target[valid]).output)
 
+    def next_token(self, state_ND: Tensor) -> Tensor:
+        """Log-probabilities (N, V) of all tokens to come next, from the hidden states of those before."""
+        if self.adaptive is not None:
+            return self.adaptive.log_prob(state_ND)
+        return F.linear(state_ND, self.embedding.weight).float().log_softmax(-1)
+
 
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021): queries and keys turned by angles that grow with the position.

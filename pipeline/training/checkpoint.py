@@ -3,7 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialized
@@ -14,6 +16,7 @@ from pipeline.errors import Failure
 from pipeline.files import digest, read_json
 from pipeline.models.build import Spec, build
 
+DESCRIPTION = "model.json"
 REMEDY = "run the stage that makes it again (`dvc repro`)"
 
 
@@ -30,20 +33,42 @@ def load(folder: Path, spec: Spec) -> nn.Module:
 
     Raises Failure with one line if a file is missing or damaged, or was written for another configuration than `spec`.
     """
-    path = folder / "model.json"
-    found, wanted = read_json(path, REMEDY), spec.plain()
-    if not isinstance(found, dict):
-        raise Failure(f"{path}: holds {type(found).__name__}, expected a model's description; {REMEDY}")
-    sha256 = found.pop("sha256", None)
-    found, wanted = flat(found), flat(wanted)
+    described, sha256 = _described(folder)
+    found, wanted = flat(described), flat(spec.plain())
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
-            raise Failure(f"{path}: {key} is {found.get(key)!r} there and {wanted.get(key)!r} here; {REMEDY}")
+            raise Failure(f"{folder / DESCRIPTION}: {key} is {found.get(key)!r} there and {wanted.get(key)!r} here; {REMEDY}")
+    return _weighted(folder, spec, sha256)
+
+
+def open_model(folder: Path) -> tuple[nn.Module, Spec]:
+    """Whatever model is in `folder`, in evaluation mode, and its description. Raises Failure as `load` does."""
+    described, sha256 = _described(folder)
+    try:
+        spec = Spec.model_validate(described)
+    except (ValidationError, KeyError) as error:
+        unknown = f"method {error}" if isinstance(error, KeyError) else ".".join(map(str, error.errors()[0]["loc"]))
+        raise Failure(f"{folder / DESCRIPTION}: describes a model of another version ({unknown}); {REMEDY}") from None
+    if spec.view is None:
+        raise Failure(f"{folder / DESCRIPTION}: does not say what its texts or images looked like (view); {REMEDY}")
+    return _weighted(folder, spec, sha256), spec
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """What model.json holds: a description, and the sha256 of the weights."""
+    path = folder / DESCRIPTION
+    found = read_json(path, REMEDY)
+    if not isinstance(found, dict):
+        raise Failure(f"{path}: holds {type(found).__name__}, expected a model's description; {REMEDY}")
+    return found, found.pop("sha256", None)
+
+
+def _weighted(folder: Path, spec: Spec, sha256: str | None) -> nn.Module:
     model = build(spec)
     weights = folder / "model.safetensors"
     try:
         if digest(weights) != sha256:
-            raise Failure(f"{weights}: not the weights that {path.name} describes (sha256); {REMEDY}")
+            raise Failure(f"{weights}: not the weights that {DESCRIPTION} describes (sha256); {REMEDY}")
         model.load_state_dict(load_file(weights))
     except FileNotFoundError:
         raise Failure(f"{weights}: not found; {REMEDY}") from None

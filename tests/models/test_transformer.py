@@ -240,3 +240,12 @@ def test_flops_of_adaptive_scores_are_the_mean_over_the_targets(tiny_params, see
     head, first, second = 2 * 16 * (10 + 2), 2 * (16 * 4 + 4 * 20), 2 * (16 * 1 + 1 * 20)
     assert flops_per_token(model, "discrete", 32, targets=[0, 9]) == without + head
     assert flops_per_token(model, "discrete", 32, targets=[3, 10, 29, 49]) == without + head + (2 * first + second) / 4
+
+
+@pytest.mark.parametrize("cutoffs", [[], [10, 30]])
+def test_all_next_tokens_have_the_scores_of_each(tiny_params, seeded, cutoffs):
+    model = build(spec(tiny_params(), cutoffs=cutoffs))
+    state_ND = torch.randn(7, model.width)
+    score_NV = model.next_token(state_ND)
+    for token in range(50):
+        torch.testing.assert_close(score_NV[:, token], -model.nats(state_ND, torch.full((7,), token)))

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+
+
+def invoke(*arguments, input=None):
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments], input=input)
+
+
+def test_a_text_goes_on_and_begins_as_the_model_read_it(served):
+    folder = served(view="text27")
+    done = [invoke("generate", "--model", folder, "--prompt", "The 1 ", "--length", 20, "--seed", 3) for _ in range(2)]
+    assert done[0].exit_code == 0, done[0].output
+    assert done[0].output == done[1].output
+    assert done[0].output.startswith("the one ") and len(done[0].output) > len("the one ")
+
+
+def test_texts_lines_and_standard_input_are_labelled(served, tmp_path):
+    folder, file = served("classifier"), tmp_path / "lines.txt"
+    file.write_text("first line\n\nsecond line\n")
+    done = invoke("classify", "--model", folder, "--json", "--text", "given", file, "-", input="from outside\n")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in done.output.splitlines()]
+    assert [row["text"] for row in rows] == ["given", "first line", "second line", "from outside"]
+    for row in rows:
+        assert set(row["probabilities"]) == {"a", "b"} and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+    table = invoke("classify", "--model", folder, "--text", "given " * 20)
+    label, share, *text = table.output.split()
+    assert label in ("a", "b") and 0.5 <= float(share) <= 1 and text[-1].endswith("...")
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "line"),
+    [
+        ("classifier", ["generate"], "a classifier; name a language model"),
+        ("language-model", ["classify", "--text", "a"], "a language model; name a classifier"),
+        ("classifier", ["classify"], "nothing to label"),
+        ("classifier", ["classify", "missing.txt"], "missing.txt: not found"),
+        ("language-model", ["generate", "--top-p", "2"], "top-p is 2.0"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(served, kind, arguments, line):
+    done = invoke(*arguments, "--model", served(kind))
+    assert done.exit_code == (1 if "not found" in line else 2)
+    assert line in done.output and len(done.output.splitlines()) == 1
