@@ -54,7 +54,9 @@ def works(folder: Path) -> dict[str, Work]:
     (whole / "small").mkdir()
     for split in ("train", "valid", "test"):
         (whole / f"small/{split}.txt").write_text("a few words and the next\n" * 200)
-    rows = [f"words {label} and more,{label},{split}" for split in ("train", "valid", "test") for label in ("one", "other")]
+    rows = [
+        f"{f'words {label} and more ' * 10},{label},{split}" for split in ("train", "valid", "test") for label in ("one", "other")
+    ]
     (whole / "small.csv").write_text("\n".join(["text,label,split", *rows]))
     run(whole, *COMMANDS[REPRO])
     shutil.copytree(whole, copy)
