@@ -17,7 +17,8 @@ def seed_everything(seed: int, purpose: str) -> None:
     random.seed(derived)
     np.random.seed(derived)
     torch.manual_seed(derived)
-    torch.use_deterministic_algorithms(True)
+    # As `use_deterministic_algorithms` does, which loads torch's compiler too: two seconds of every stage.
+    torch.set_deterministic_debug_mode("error")
     # It would also fill all memory that torch allocates, which only helps to find kernels that read it unwritten and
     # costs 5 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False
