@@ -3,8 +3,9 @@
     python -m benchmarks.layer
     python -m benchmarks.layer --device cuda --tokens 65536 --width 1024 --hidden 2048 --experts 16 64
 
-Forward and backward, timed in turns; beside the project's layers a loop over experts with boolean masks, as the paper's code has
-it, and the layers of transformers and st-moe-pytorch, where those are installed. The table goes to the terminal, the numbers to
+Forward and backward, timed in turns; beside the project's layers the experts' products alone, on blocks of tokens of equal size,
+which is what no dispatch can do without; a loop over experts with boolean masks, as the paper's code has it; and the layers of
+transformers and st-moe-pytorch, where those are installed. The table goes to the terminal, the numbers to
 benchmarks/results/layer.json.
 """
 
@@ -73,6 +74,9 @@ def works(sizes: Sizes, tokens: int, machine: Machine) -> dict[str, Callable[[],
         settings = SETTINGS[method](**(methods[method].model_dump() | changes))
         layer = build_layer(method, settings, sizes).to(machine.device)
         found[name] = _pass(layer, lambda layer=layer, mode=mode: _answer(layer, x_ND, mode), x_ND, upstream_ND)
+    blocks = Experts(sizes.experts, sizes.width, sizes.hidden).to(machine.device)
+    for top_k in (2, 1):
+        found[f"blocks (k={top_k})"] = _pass(blocks, lambda top_k=top_k: (_blocks(blocks, x_ND, top_k), 0.0), x_ND, upstream_ND)
     loop = MaskLoop(sizes).to(machine.device)
     found["mask loop"] = _pass(loop, lambda: (loop(x_ND), 0.0), x_ND, upstream_ND)
     for name, block in _transformers(sizes):
@@ -82,6 +86,12 @@ def works(sizes: Sizes, tokens: int, machine: Machine) -> dict[str, Callable[[],
         block = block.to(machine.device)
         found[name] = _pass(block, lambda block=block: block(x_ND.unflatten(0, (-1, SEQUENCE)))[:2], x_ND, upstream_ND)
     return found
+
+
+def _blocks(experts: Experts, x_ND: Tensor, top_k: int) -> Tensor:
+    """The experts' products alone: each has as many tokens, and these lie where it reads them."""
+    x_ERD = x_ND.expand(top_k, -1, -1).reshape(experts.count, -1, x_ND.shape[1])
+    return experts(x_ERD).view(top_k, *x_ND.shape).sum(0)
 
 
 def _answer(layer: nn.Module, x_ND: Tensor, mode: str) -> tuple[Tensor, Any]:
@@ -149,7 +159,7 @@ def main() -> None:
         with at_work(machine):
             measured = measure(works(sizes, arguments.tokens, machine), arguments.repeats)
         for work, values in measured.items():
-            dense = measured["dense (k=1)" if work == "vqmoe, discrete path" else "dense (k=2)"]
+            dense = measured["dense (k=1)" if work in ("vqmoe, discrete path", "blocks (k=1)") else "dense (k=2)"]
             ratio = interval(values.seconds_R / dense.seconds_R)
             memory = values.peak_memory_mib / dense.peak_memory_mib
             found[f"{work}, {experts} experts"] = ratio._asdict() | {"ms": 1e3 * values.seconds.median, "memory": memory}
