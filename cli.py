@@ -24,6 +24,7 @@ Workflow:
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
   vqmoe track sync                  send what runs could not record while MLflow was out of reach
   vqmoe preset                      other experiments, those of the paper among them
+  vqmoe doctor                      what this machine has, and what would stop a run
 Stages, in order, as `dvc repro` calls them:
   prepare > pretrain > warmup > finetune > robustness > report, and compute
 Params: params.yaml, every key with a comment; add methods and seeds under `grid`.
@@ -264,6 +265,27 @@ def preset(name: str | None) -> None:
     else:
         (nearest,) = difflib.get_close_matches(name, files, 1, cutoff=0)
         raise UsageError(f"there is no preset '{name}', the nearest is {nearest}; `vqmoe preset` lists them all")
+
+
+@main.command(help="What this machine has, and what would stop a run on it: for reports of bugs. Exit code 1 if something would.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    import json
+
+    from stages.doctor import examine
+    from stages.paths import Paths
+
+    findings = []
+    for finding in examine(Paths.here().root):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.name:<16}{finding.value}")
+            if finding.problem:
+                click.echo(f"{'':16}! {finding.problem}")
+    if as_json:
+        click.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    ctx.exit(any(finding.problem for finding in findings))
 
 
 @main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")

@@ -211,6 +211,16 @@ def sync(root: Path) -> None:
     print(f"{where}: runs sent: {sent}" if sent else "Nothing is left to send")
 
 
+def reach(root: Path) -> tuple[str, int, str]:
+    """Where runs are recorded, how many are not sent yet (those of now among them), and what is wrong there, or ""."""
+    where, unsent = store.without_credentials(store.tracking_uri(root)), len(list(store.spool(root).glob("*.jsonl")))
+    try:
+        store.connect(root).search_experiments(max_results=1)
+    except Exception as error:  # whatever a store, a driver or a network raises
+        return where, unsent, f"cannot be reached ({store.reason(error)}); runs go on and are kept on disk until it can"
+    return where, unsent, ""
+
+
 def _clean(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: store.without_credentials(str(value)) for key, value in values.items()}
 
