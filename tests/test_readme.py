@@ -1,4 +1,4 @@
-"""What the README claims: its table is the report's, its tree is the repository's, its router works."""
+"""What the README claims: its table is the report's, its tree is the repository's, its code works."""
 
 import re
 import subprocess
@@ -41,8 +41,20 @@ def test_the_tree_names_every_file_and_no_other():
     assert all((REPOSITORY / folder).is_dir() for folder in folders)
 
 
+def test_the_models_of_the_example_are_used(served):
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
+    for folder, kind in (("outputs/pretrain/vqmoe-s0", "language-model"), ("outputs/finetune/vqmoe-s0/era", "classifier")):
+        assert code.count(folder) == 1
+        code = code.replace(folder, str(served(kind)))
+    *before, generate, classify = code.strip().splitlines()
+    used: dict = {}
+    exec("\n".join(before), used)
+    assert len(eval(generate, used)) > 20
+    assert eval(classify, used).shape == (1, 2)
+
+
 def test_the_router_of_the_example_works(monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.splitlines()) <= 40
     module = types.ModuleType("switch")
     exec(code, module.__dict__)
