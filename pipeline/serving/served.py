@@ -1,4 +1,4 @@
-"""A trained model and what it needs to read and write: the folder that a stage or `vqmoe export` wrote.
+"""A trained model and what it needs to read and write: the folder that a stage wrote.
 
     from pathlib import Path
     from pipeline.serving import load
@@ -24,7 +24,6 @@ from pipeline.models.build import Spec
 from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Transformer
 from pipeline.models.vit import Vit
-from pipeline.moe.layer import Mode
 from pipeline.training import checkpoint
 from pipeline.training.validation import classify, classify_images
 
@@ -50,7 +49,8 @@ class Sampling:
         """An id, from log-probabilities."""
         if self.temperature == 0:
             return int(score_V.argmax())
-        share_V, id_V = (score_V / self.temperature).softmax(0).sort(descending=True, stable=True)
+        # The highest becomes 0, so that no temperature is too low to divide by.
+        share_V, id_V = ((score_V - score_V.max()) / self.temperature).softmax(0).sort(descending=True, stable=True)
         # The first always stays, and whatever those before it leave short of top_p.
         share_V[share_V.cumsum(0) - share_V >= self.top_p] = 0
         return int(id_V[torch.multinomial(share_V, 1, generator=generator)])
@@ -141,11 +141,6 @@ def load(folder: Path, device: str = "cpu") -> Served:
     return (LanguageModel if spec.kind == "language-model" else TextClassifier)(spec, model, tokenizer)
 
 
-def infer_mode(served: Served) -> Mode:
-    """The mode in which a model is used."""
-    return (served.model.backbone if isinstance(served, TextClassifier) else served.model).infer_mode
-
-
 class _Decoded:
     """Ids to text one after another. What is out stays as it is, so a character waits until its last byte is there."""
 
@@ -158,15 +153,19 @@ class _Decoded:
 
     def add(self, one: int) -> str:
         self._ids.append(one)
-        return self._new(self._text().rstrip("\ufffd"))
+        text = self._text()
+        whole = text.rstrip("\ufffd")
+        if len(whole) <= len(self._written):
+            return ""
+        new, self._written = whole[len(self._written) :], whole
+        if whole == text:
+            # Nothing waits, so that what has long been out need not be read again.
+            self._ids = self._ids[-self.BEFORE :]
+            self._written = self._text()
+        return new
 
     def rest(self) -> str:
-        return self._new(self._text())
+        return self._text()[len(self._written) :]
 
     def _text(self) -> str:
         return self._tokenizer.decode(np.array(self._ids))
-
-    def _new(self, text: str) -> str:
-        new = text[len(self._written) :]
-        self._written = text
-        return new

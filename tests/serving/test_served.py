@@ -43,6 +43,7 @@ def test_draws_follow_the_probabilities_of_the_nucleus():
         (Sampling(), [0.1, 0.5, 0.15, 0.25]),
         (Sampling(top_p=0.7), [0, 2 / 3, 0, 1 / 3]),
         (Sampling(top_p=0.49), [0, 1, 0, 0]),
+        (Sampling(temperature=1e-45), [0, 1, 0, 0]),
         (Sampling(temperature=0.5), [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
     ):
         generator = torch.Generator().manual_seed(0)
@@ -62,6 +63,21 @@ def test_a_character_waits_for_its_last_byte():
     decoded = _Decoded(Tokenizer.bytes(), list(b"a"))
     assert [decoded.add(byte) for byte in "é€".encode()] == ["", "é", "", "", "€"]
     assert decoded.add(0xE2) == "" and decoded.rest() == "\ufffd"
+    # What the prompt ends with is not said again.
+    decoded = _Decoded(Tokenizer.bytes(), list("a\ufffd".encode()))
+    assert "".join(decoded.add(byte) for byte in "é".encode()) == "é"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_what_comes_in_parts_is_the_whole(kind):
+    tokenizer = Tokenizer.bytes() if kind == "bytes" else Tokenizer.from_vocabulary(["one", "two"])
+    ids = np.random.default_rng(0).integers(0, tokenizer.pad, 400).tolist()
+    decoded = _Decoded(tokenizer, ids[:20])
+    parts = [decoded.add(one) for one in ids[20:]] + [decoded.rest()]
+    whole, before = (tokenizer.decode(np.array(some)) for some in (ids, ids[:20]))
+    # A character that the prompt leaves unfinished may read otherwise once it goes on.
+    assert "".join(parts)[1:] and whole.endswith("".join(parts)[1:])
+    assert abs(len(before) + len("".join(parts)) - len(whole)) <= 1
 
 
 def test_words_are_parted_from_the_prompt_by_a_blank(served):
