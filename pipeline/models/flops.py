@@ -68,14 +68,15 @@ def flops_per_token(
     width = model.width
 
     def states(sequences: int) -> int:
-        past = [torch.zeros(sequences, memory, width) for _ in model.blocks] if memory else None
+        past = [torch.zeros(sequences, memory, width, device=model.device) for _ in model.blocks] if memory else None
         tokens_BT = torch.zeros(sequences, length, dtype=torch.long)
         return count_flops(lambda: model(tokens_BT, mode, memory=past))
 
     total = (states(2) - states(1)) / length
     if targets is not None:
         target_N = torch.as_tensor(np.asarray(targets, dtype=np.int64))
-        total += count_flops(lambda: model.nats(torch.zeros(len(target_N), width), target_N)) / len(target_N)
+        state_ND = torch.zeros(len(target_N), width, device=model.device)
+        total += count_flops(lambda: model.nats(state_ND, target_N)) / len(target_N)
     model.train(was_training)
     return total
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from pipeline.models.build import build
 from pipeline.models.flops import active_parameters, count_flops, flops_per_token
@@ -53,6 +54,18 @@ def test_a_backward_pass_costs_two_forwards_and_attention_a_half_more(tiny_spec,
     attention = m.layers * 2 * 2 * 32 * m.width
     flops = count_flops(lambda: model.nats(model(tokens_BT, "router").state_BTD, tokens_BT).sum().backward())
     assert flops / tokens_BT.numel() == pytest.approx(3 * forward + attention / 2)
+
+
+@pytest.mark.parametrize("memory", [0, 8])
+def test_all_that_is_counted_lies_where_the_model_does(tiny_params, tiny_spec, memory):
+    overrides = (f"model.memory={memory}", "model.evaluate_memory=8", "model.positions=relative") if memory else ()
+    spec = tiny_spec("dense", model=tiny_params(*overrides).model)
+    expected = flops_per_token(build(spec), "dense", 16, memory, targets=[0, 1])
+    # Tensors without values know on which device they are, which needs no GPU.
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = build(spec)
+        assert flops_per_token(model, "dense", 16, memory, targets=[0, 1]) == expected
 
 
 def test_active_parameters(tiny_params, tiny_spec, seeded):

@@ -9,6 +9,7 @@ from pipeline.errors import Failure
 from pipeline.evaluation.attack import greedy
 from pipeline.evaluation.image_attack import pgd
 from pipeline.models.build import build
+from pipeline.models.flops import flops_per_token
 from pipeline.moe.dispatch import apply_experts
 from pipeline.moe.experts import Experts
 from pipeline.moe.layer import SETTINGS
@@ -124,9 +125,25 @@ def test_experts_answer_alike_on_both(weighted):
         given_ND = x_ND.to(device).clone().requires_grad_()
         y = apply_experts(there, given_ND, index_NK.to(device), weight_NK.to(device) if weighted else None)
         y.square().sum().backward()
-        results.append([one.cpu() for one in (y.detach(), given_ND.grad, *(parameter.grad for parameter in there.parameters()))])
+        gradients = (parameter.grad for parameter in there.parameters())
+        # Copies: what the CPU's experts have moves to the GPU with them.
+        results.append([one.cpu().clone() for one in (y.detach(), given_ND.grad, *gradients)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("memory", [0, 16])
+def test_a_gpu_costs_the_flops_of_the_cpu(tiny_params, tiny_spec, method, memory):
+    overrides = ("model.memory=16", "model.evaluate_memory=16", "model.positions=relative") if memory else ()
+    params = tiny_params(*overrides)
+    model = build(tiny_spec(method, model=params.model, settings=params.method(method)))
+    counts = [
+        [flops_per_token(model.to(device), mode, 16, memory, targets=range(8)) for mode in model.modes]
+        for device in ("cpu", "cuda")
+    ]
+    assert counts[0] == counts[1]
 
 
 @gpu
