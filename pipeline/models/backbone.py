@@ -137,7 +137,8 @@ class Block(nn.Module):
             y_BTD = output.y_ND.view_as(x_BTD)
         else:
             output = self.moe(x_BTD[valid_BT], mode, tokens_BT[valid_BT])
-            y_BTD = torch.zeros_like(x_BTD).masked_scatter(valid_BT[..., None], output.y_ND)
+            # Of the experts' type, which in bfloat16 is not that of the residual stream.
+            y_BTD = output.y_ND.new_zeros(x_BTD.shape).masked_scatter(valid_BT[..., None], output.y_ND)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return self.dropout(y_BTD), output

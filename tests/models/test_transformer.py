@@ -7,7 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.errors import UsageError
 from pipeline.models.build import Spec, build
 from pipeline.models.flops import flops_per_token
+from pipeline.models.heads import Classifier
 from pipeline.models.transformer import Rotary
+from pipeline.moe import dispatch
 
 POSITIONS = ["rotary", "learned", "relative"]
 
@@ -62,6 +64,21 @@ def test_right_padding_changes_nothing_for_the_classifier(tiny_params, seeded, p
     torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=1e-4)
     # Padding reaches no expert: it would count in load, codebook and balance.
     assert all(len(layer.index_NK) == 23 for layer in hidden.layers)
+
+
+@pytest.mark.parametrize("method", ["vqmoe", "vqmoe_released", "smoe", "stablemoe", "dense"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_texts_of_many_lengths_in_bfloat16(tiny_params, seeded, monkeypatch, method, norm):
+    """As on a GPU, but on a CPU: experts in groups, products in bfloat16, the residual stream in float32."""
+    monkeypatch.setattr(dispatch, "each_expert", dispatch.grouped)
+    language = build(spec(tiny_params(), method, norm=norm))
+    model = Classifier(language, 3, "mean", 0.0).eval()
+    tokens_BT, lengths_B = torch.randint(50, (3, 12)), torch.tensor([12, 5, 9])
+    exact_BL, _ = model(tokens_BT, lengths_B, language.infer_mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores_BL, _ = model(tokens_BT, lengths_B, language.infer_mode)
+        scores_BL.sum().backward()
+    torch.testing.assert_close(scores_BL.float(), exact_BL, atol=0.1, rtol=0.1)
 
 
 def test_auxiliary_loss_is_the_weighted_sum_over_layers(tiny_params, seeded):
