@@ -4,8 +4,8 @@
     python -m benchmarks.layer --device cuda --tokens 65536 --width 1024 --hidden 2048 --experts 16 64
 
 Forward and backward, timed in turns; beside the project's layers the experts' products alone, on blocks of tokens of equal size,
-which is what no dispatch can do without; a loop over experts with boolean masks, as the paper's code has it; and the layers of
-transformers and st-moe-pytorch, where those are installed. The table goes to the terminal, the numbers to
+which is what no dispatch can do without; a loop over experts with boolean masks, as the released code has it in VQMoE's discrete
+path (its routed experts need kernels compiled for CUDA); and the layers of transformers and st-moe-pytorch, where those are installed. The table goes to the terminal, the numbers to
 benchmarks/results/layer.json.
 """
 

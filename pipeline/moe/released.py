@@ -121,4 +121,4 @@ class PlainCodebook(nn.Module):
     def repair(self, x_ND: Tensor) -> None:
         """Move the codes that none of these tokens uses onto random ones of them (warm-up; the release has none)."""
         idle_C = torch.bincount(self(x_ND).argmax(1), minlength=self.codes) == 0
-        self.codebook_CD[idle_C] = x_ND[torch.randint(len(x_ND), (int(idle_C.sum()),), device=x_ND.device)]
+        self.codebook_CD[idle_C] = x_ND[torch.randint(len(x_ND), (int(idle_C.sum()),))]

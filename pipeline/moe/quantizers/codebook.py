@@ -40,7 +40,7 @@ class Codebook(Quantizer):
         self.codebook_CD.copy_(kmeans(self._encode(x_ND), self.codes))
 
     def _revive(self, x_ND: Tensor, dead_C: Tensor) -> None:
-        seeds = torch.randint(len(x_ND), (int(dead_C.sum()),), device=x_ND.device)
+        seeds = torch.randint(len(x_ND), (int(dead_C.sum()),))  # on the CPU, as k-means draws
         self.codebook_CD[dead_C] = self._encode(x_ND[seeds]).to(self.codebook_CD.dtype)
 
     def _repair(self, x_ND: Tensor, used_C: Tensor) -> None:

@@ -15,8 +15,9 @@ def distances(x_ND: Tensor, centre_CD: Tensor) -> Tensor:
 
 
 def kmeans(x_ND: Tensor, codes: int, kept_CD: Tensor | None = None, kept_C: Tensor | None = None) -> Tensor:
-    """Centres (C, D) after k-means++ seeding and Lloyd's rounds; random draws from torch's generator.
+    """Centres (C, D) after k-means++ seeding and Lloyd's rounds.
 
+    Random draws come from torch's generator of the CPU, so that a GPU begins with the same codes.
     With `kept_CD`, the codes where `kept_C` is true have those centres and keep them.
     """
     if kept_CD is None or kept_C is None:
@@ -28,7 +29,7 @@ def kmeans(x_ND: Tensor, codes: int, kept_CD: Tensor | None = None, kept_C: Tens
         # No centre yet, or every token coincides with one (constant input): any token is as good as another.
         uniform = distance_N.isinf().any() or distance_N.sum() == 0
         chances_N = torch.ones_like(distance_N) if uniform else distance_N
-        centre_CD[code] = x_ND[torch.multinomial(chances_N, 1)]
+        centre_CD[code] = x_ND[torch.multinomial(chances_N.cpu(), 1)]
         distance_N = torch.minimum(distance_N, (x_ND - centre_CD[code]).square().sum(1))
     for _ in range(ROUNDS):
         code_N = distances(x_ND, centre_CD).argmin(1)
