@@ -5,8 +5,8 @@
 
 Forward and backward, timed in turns; beside the project's layers the experts' products alone, on blocks of tokens of equal size,
 which is what no dispatch can do without; a loop over experts with boolean masks, as the released code has it in VQMoE's discrete
-path (its routed experts need kernels compiled for CUDA); and the layers of transformers and st-moe-pytorch, where those are installed. The table goes to the terminal, the numbers to
-benchmarks/results/layer.json.
+path (its routed experts need kernels compiled for CUDA); and the layers of transformers and st-moe-pytorch, where those are
+installed. The table goes to the terminal, the numbers to benchmarks/results/layer.json.
 """
 
 import argparse

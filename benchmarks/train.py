@@ -5,8 +5,8 @@
     python -m benchmarks.train --params presets/paper/enwik8-transformer.yaml -S machine.device=cuda -S machine.precision=bf16
 
 Steps of pre-training, batch and optimizer included, on made-up tokens, timed in turns; `smoe, mask loop` is smoe whose experts
-run one after another on the rows that a boolean mask finds. With --profile, where the time of one
-method's step goes. The table goes to the terminal, the numbers to benchmarks/results/train.json.
+run one after another on the rows that a boolean mask finds. With --profile, where the time of one method's step goes. The table
+goes to the terminal, the numbers to benchmarks/results/train.json.
 """
 
 import argparse
