@@ -17,6 +17,7 @@ Workflow:
   vqmoe grid --jobs 4               the same, four methods or seeds at a time
   vqmoe compare                     the claims and the main table again, in the terminal
   vqmoe ui                          compare the runs in MLflow
+  vqmoe route --text "..."          which expert reads what
   vqmoe generate --prompt "the"     text from a language model
   vqmoe classify --text "..."       the label of a text; of lines of files, of images
   vqmoe reproduce RUN_ID            run again what a run was made from, and compare
@@ -220,6 +221,42 @@ def classify(
     if not texts and not files:
         raise UsageError("nothing to label; name files, - for standard input, or --text")
     use.classify(model or use.default_model(_load(file, overrides), Paths.here(), "finetune"), texts, files, as_json)
+
+
+@main.command(help="Show how models route a text, or the text or image of FILE: every token in the colour of its expert.")
+@_with_params
+@click.option("--model", "folders", multiple=True, type=click.Path(path_type=Path), help="As of generate; repeatable.")
+@click.option("--text", help="A text, in the place of FILE.")
+@click.option("--by", type=click.Choice(["expert", "code"]), default="expert", show_default=True, help="What the colours are.")
+@click.option("--noise", help="Beside the clean text the noised one: swap, delete, insert, replace, keyboard, word, case, ...")
+@click.option("--rate", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Share of the text with noise.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the noise.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to look around in, which needs no network.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per model: tokens, experts, codes, margins, distances.")
+@click.argument("text_or_image", metavar="[FILE]", required=False, type=click.Path(path_type=Path))
+def route(
+    file: Path | None,
+    overrides: tuple[str, ...],
+    folders: tuple[Path, ...],
+    text: str | None,
+    by: str,
+    noise: str | None,
+    rate: float,
+    seed: int,
+    html: Path | None,
+    as_json: bool,
+    text_or_image: Path | None,
+) -> None:
+    from pipeline.errors import UsageError
+    from stages import route as routing
+    from stages.paths import Paths
+
+    if (text is None) == (text_or_image is None):
+        raise UsageError("what is to be routed? name one: FILE or --text")
+    paths = Paths.here()
+    models = [(folder.name, folder) for folder in folders] or routing.default_models(_load(file, overrides), paths)
+    noised = None if noise is None else routing.Noise(noise, rate, seed)
+    routing.route(models, paths, text, text_or_image, noised, by, html, as_json)
 
 
 @main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config import ImageRobustness
 from pipeline.data.batches import evenly
@@ -23,7 +23,7 @@ from pipeline.evaluation.robustness import BATCH, Effect, Trace, classifier_effe
 from pipeline.evaluation.routing import collapse
 from pipeline.models.vit import Vit
 from pipeline.moe.layer import Mode
-from pipeline.moe.quantizers.base import Quantized
+from pipeline.moe.quantizers.base import watched
 from pipeline.progress import Progress
 from pipeline.training.validation import RoutingTally, Watch
 
@@ -164,24 +164,15 @@ def pictures(model: Vit, mode: Mode, test: Images, settings: ImageRobustness, se
 
 
 def _nearest(model: Vit, mode: Mode, images: Images) -> dict[int, dict[int, Coded]]:
-    """For each block the patches whose states are nearest to each code; nothing where a quantizer gives no value of a code."""
+    """For each block the patches whose states are nearest to each code."""
     pixels_SCHW = torch.from_numpy(np.array(images.pixels_NCHW))
-    quantizers = {block: layer.quantizer for block, layer in zip(model.expert_blocks, model.moe_layers, strict=True)}
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def see(quantizer: nn.Module, inputs: tuple[Tensor], quantized: object) -> None:
-        if isinstance(quantized, Quantized):
-            (block,) = (block for block, one in quantizers.items() if one is quantizer)
-            distance_N = (inputs[0] - quantized.value()).square().sum(1)
-            found.setdefault(block, []).append((model.patches(quantized.code_N).cpu(), model.patches(distance_N).cpu()))
-
-    hooks = [quantizer.register_forward_hook(see) for quantizer in quantizers.values()]
-    for rows in torch.arange(len(pixels_SCHW)).split(BATCH):
-        model(pixels_SCHW[rows] / 255, mode)
-    for hook in hooks:
-        hook.remove()
-    patch, nearest = model.shape[1] // model.grid[0], {}
-    for block, seen in found.items():
-        code_SP, distance_SP = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
-        nearest[block] = nearest_patches(pixels_SCHW.numpy(), code_SP, distance_SP, patch, quantizers[block].codes, NEAREST)
+    quantizers, patch, nearest = [layer.quantizer for layer in model.moe_layers], model.shape[1] // model.grid[0], {}
+    codes: list[list[Tensor]] = [[] for _ in quantizers]
+    with watched(quantizers) as distances:
+        for rows in torch.arange(len(pixels_SCHW)).split(BATCH):
+            for kept, output in zip(codes, model(pixels_SCHW[rows] / 255, mode)[1].layers, strict=True):
+                kept.append(output.code_N.cpu())
+    for block, quantizer, code, distance in zip(model.expert_blocks, quantizers, codes, distances, strict=True):
+        code_SP, distance_SP = (model.patches(torch.cat(one)).numpy() for one in (code, distance))
+        nearest[block] = nearest_patches(pixels_SCHW.numpy(), code_SP, distance_SP, patch, quantizer.codes, NEAREST)
     return nearest

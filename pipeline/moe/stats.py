@@ -63,8 +63,8 @@ def fluctuation(before_NK: Tensor, after_NK: Tensor) -> float:
     return 1 - consistency(before_NK, after_NK)
 
 
-def margin(scores_NE: Tensor) -> float | None:
-    """Gap between a token's best and second score, of experts or codes, in standard deviations of its scores, mean over tokens.
+def margins(scores_NE: Tensor) -> Tensor | None:
+    """Gap (N,) between a token's best and second score, of experts or codes, in standard deviations of its scores.
 
     So the unit of a method's scores does not matter. 0 where all are the same; None for fewer than three scores a token,
     since two are always 2 deviations apart.
@@ -74,7 +74,13 @@ def margin(scores_NE: Tensor) -> float | None:
     scores_NE = scores_NE.double()
     best_N2 = scores_NE.topk(2).values
     deviation_N = scores_NE.std(1, correction=0).clamp(min=torch.finfo(torch.double).tiny)
-    return float(((best_N2[:, 0] - best_N2[:, 1]) / deviation_N).mean())
+    return (best_N2[:, 0] - best_N2[:, 1]) / deviation_N
+
+
+def margin(scores_NE: Tensor) -> float | None:
+    """The mean of `margins` over tokens."""
+    margin_N = margins(scores_NE)
+    return None if margin_N is None else float(margin_N.mean())
 
 
 def output_cosine(y_END: Tensor) -> float:

@@ -3,7 +3,8 @@
 Shapes: N tokens, D width, C codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -126,6 +127,30 @@ class Quantizer(nn.Module):
 
     def _follow(self, x_ND: Tensor, code_N: Tensor, count_C: Tensor) -> None:
         """Move codes that no gradient moves, given how many tokens each code has, those of all ranks."""
+
+
+@contextmanager
+def watched(quantizers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
+    """For each quantizer the squared distances (N,) of tokens to their codes, in the space of the tokens, of every call within.
+
+    A quantizer that gives no value of a code (`vqmoe_released`) gives its scores, which are distances less those to the origin.
+    """
+    seen: list[list[Tensor]] = [[] for _ in quantizers]
+
+    def see(place: int, x_ND: Tensor, answer: Quantized | Tensor) -> None:
+        value_ND = answer.value() if isinstance(answer, Quantized) else None
+        distance_N = x_ND.square().sum(1) - answer.amax(1) if value_ND is None else (x_ND - value_ND).square().sum(1)
+        seen[place].append(distance_N.detach().cpu())
+
+    hooks = [
+        quantizer.register_forward_hook(lambda _, inputs, answer, place=place: see(place, inputs[0], answer))
+        for place, quantizer in enumerate(quantizers)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Later:
