@@ -56,8 +56,35 @@ class Group(click.Group):
 
 @click.group(cls=Group, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vqmoe")
-def main() -> None:
-    pass
+@click.option("--quiet", is_flag=True, envvar="VQMOE_QUIET", help="No progress: results, warnings and errors alone.")
+def main(quiet: bool) -> None:
+    if quiet:
+        # What this command starts is as quiet.
+        os.environ["VQMOE_QUIET"] = "1"
+
+
+def _known_methods(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """For completion, which has no second to spare and no words for errors."""
+    from ruamel.yaml import YAML
+
+    from stages.paths import Paths
+
+    try:
+        methods = YAML(typ="safe").load(ctx.params.get("file") or Paths.here().root / "params.yaml")["methods"]
+        return [name for name in methods if name.startswith(begun)]
+    except Exception:
+        return []
+
+
+def _presets() -> dict[str, Path]:
+    from stages.paths import Paths
+
+    folder = Paths.here().root / "presets"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def _known_presets(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    return [name for name in _presets() if name.startswith(begun)]
 
 
 def _with_params(command: Any) -> Any:
@@ -69,9 +96,14 @@ def _with_params(command: Any) -> Any:
     )(command)
 
 
+def _with_method(command: Any) -> Any:
+    text = "A section under methods. Default: the first of grid.methods."
+    return click.option("--method", shell_complete=_known_methods, help=text)(command)
+
+
 def _with_cell(command: Any) -> Any:
     command = click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Default: the first of grid.seeds.")(command)
-    return click.option("--method", help="A section under methods. Default: the first of grid.methods.")(command)
+    return _with_method(command)
 
 
 def _with_model(place: str) -> Any:
@@ -92,7 +124,7 @@ def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = No
 
 def _execute(name: str, params: Any, task: str | None = None) -> None:
     """Run a stage in the repository, of a cell where it has cells: the first of the grid."""
-    from pipeline.errors import UsageError
+    from pipeline.errors import UsageError, nearest
     from stages.execute import execute
     from stages.launch import launch
     from stages.paths import TRAINING, Paths, cells
@@ -100,7 +132,8 @@ def _execute(name: str, params: Any, task: str | None = None) -> None:
     if name in TRAINING:
         launch(params.machine.processes)
     if task is not None and task not in params.data.tasks:
-        raise UsageError(f"task '{task}' is not one of data.tasks; there are: {', '.join(params.data.tasks)}")
+        known = params.data.tasks
+        raise UsageError(f"task '{task}' is not one of data.tasks; there are: {', '.join(known)}{nearest(task, known)}")
     tasks = params.data.tasks if task is None else [task]
     execute(name, params, Paths.here(), next(iter(cells(name, params.grid.methods, params.grid.seeds, tasks)), None))
 
@@ -139,7 +172,7 @@ _stage("report", "Compare the methods: claims, tables and plots in report/.")
 
 @main.command(help="Measure FLOPs, parameters, throughput and memory of a method in its modes.")
 @_with_params
-@click.option("--method", help="A section under methods. Default: the first of grid.methods.")
+@_with_method
 def compute(file: Path | None, overrides: tuple[str, ...], method: str | None) -> None:
     _execute("compute", _load(file, overrides, method))
 
@@ -282,26 +315,22 @@ def reproduce(run_id: str, keep: bool) -> None:
 
 
 @main.command(help="Print a preset: a whole params.yaml. Without NAME, list them.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_known_presets)
 def preset(name: str | None) -> None:
-    import difflib
-
-    from pipeline.errors import UsageError
+    from pipeline.errors import UsageError, nearest
     from stages.paths import Paths
 
-    folder = Paths.here().root / "presets"
-    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    files = _presets()
     if not files:
-        raise UsageError(f"{folder}: holds no presets; run inside the repository")
+        raise UsageError(f"{Paths.here().root / 'presets'}: holds no presets; run inside the repository")
     if name is None:
-        for known in sorted(files):
-            first = files[known].read_text(encoding="utf-8").splitlines()[0]
+        for known, path in files.items():
+            first = path.read_text(encoding="utf-8").splitlines()[0]
             click.echo(f"{known:<{max(map(len, files))}}  {first.removeprefix('# ')}")
     elif name in files:
         click.echo(files[name].read_bytes(), nl=False)
     else:
-        (nearest,) = difflib.get_close_matches(name, files, 1, cutoff=0)
-        raise UsageError(f"there is no preset '{name}', the nearest is {nearest}; `vqmoe preset` lists them all")
+        raise UsageError(f"there is no preset '{name}'{nearest(name, files)}; `vqmoe preset` lists them all")
 
 
 @main.command(help="What this machine has, and what would stop a run on it: for reports of bugs. Exit code 1 if something would.")

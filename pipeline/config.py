@@ -4,9 +4,9 @@ The sections of `methods` are typed by the methods themselves (`pipeline.moe`), 
 this file knows no method, and a new method does not touch it.
 """
 
-import difflib
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import ReusedAnchorWarning, YAMLError
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, nearest
 
 Count = Annotated[int, Field(gt=0)]
 Length = Annotated[int, Field(ge=0)]
@@ -339,7 +339,7 @@ class Params(Section):
         known: Mapping[str, type[BaseModel]] = info.context["settings"]
         for name in value:
             if name not in known:
-                raise ValueError(f"'{name}' is no method; there are: {', '.join(known)}")
+                raise ValueError(f"'{name}' is no method; there are: {', '.join(known)}{nearest(name, known)}")
         typed = {}
         for name, raw in value.items():
             try:
@@ -366,7 +366,7 @@ class Params(Section):
         if name not in self.methods:
             raise UsageError(
                 f"method '{name}' has no section under methods; there are: "
-                f"{', '.join(self.methods)}{_nearest(name, self.methods)}"
+                f"{', '.join(self.methods)}{nearest(name, self.methods)}"
             )
         try:
             self.methods[name].check(self.model.experts)
@@ -551,7 +551,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for section in sections:
         if not isinstance(part.get(section), dict):
             known = [key for key, value in part.items() if isinstance(value, dict)]
-            raise UsageError(f"-S {override}: there is no section '{section}'{_nearest(section, known)}")
+            raise UsageError(f"-S {override}: there is no section '{section}'{nearest(section, known)}")
         part = part[section]
     part[last] = value
 
@@ -577,13 +577,15 @@ def _line(error: ValidationError, above: tuple[str, ...], raw: Any, model: type[
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields(model, first["loc"][:-1])
-        return f"unknown key {where}{_nearest(str(first['loc'][-1]), known)}; known there: {', '.join(known)}{more}"
+        return f"unknown key {where}{nearest(str(first['loc'][-1]), known)}; known there: {', '.join(known)}{more}"
     if first["type"] == "missing":
         return f"{where} is missing; add it{more}"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{where + ': ' if where else ''}{reason}{more}"
     expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    if first["type"] == "literal_error":
+        expected += nearest(str(first["input"]), re.findall("'(.*?)'", first["ctx"]["expected"]))
     return f"{where} is {first['input']!r}: {expected}{more}"
 
 
@@ -592,7 +594,3 @@ def _fields(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         model = model.model_fields[part].annotation  # type: ignore[assignment]
     return list(model.model_fields)
 
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(map(str, known)), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,5 +1,8 @@
 """The two ways a run ends badly for a reason its user can mend; the command line prints each as one line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class _OneLine(Exception):
     """What a message quotes may hold anything; what is not printable is written as in Python."""
@@ -18,3 +21,9 @@ class Failure(_OneLine):
     """What was asked for could not be done (data, files, servers). The command exits with code 1."""
 
     exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" (did you mean X?)" for the end of a message, where one of the known names is like the wrong one; else ""."""
+    close = difflib.get_close_matches(name, list(map(str, known)), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

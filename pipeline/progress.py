@@ -1,5 +1,6 @@
-"""Progress of a long step: a live bar on a terminal, a plain line every few seconds anywhere else."""
+"""Progress of a long step: a live bar on a terminal, a plain line every few seconds anywhere else, nothing with VQMOE_QUIET."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -21,7 +22,7 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.done = self._before = done
         self.values: dict[str, float] = {}
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=bool(os.environ.get("VQMOE_QUIET")))
         self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
@@ -63,4 +64,6 @@ class Progress:
     def _line(self) -> None:
         self._last_line = time.monotonic()
         left = max(self.total - self.done, 0) / max(self._rate(), 1e-9)
-        print(f"{self.label}: {self.done:.0f}/{self.total:.0f} {self._text()}  {left:.0f} s left", file=sys.stderr, flush=True)
+        if not self._console.quiet:
+            line = f"{self.label}: {self.done:.0f}/{self.total:.0f} {self._text()}  {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)

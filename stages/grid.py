@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline import tracking
-from pipeline.errors import Failure, UsageError
+from pipeline.errors import Failure, UsageError, nearest
 from stages.paths import GRID_STAGES, Cell, cells
 
 # A dvc that finds another at its bookkeeping waits; it would give up what it has just trained after 3 s.
@@ -39,7 +39,7 @@ def grid(params: Any, root: Path, jobs: int, chosen: Sequence[str] = ()) -> None
     }
     for name in chosen:
         if name not in commands:
-            raise UsageError(f"there is no cell '{name}' in the grid; there are: {', '.join(commands)}")
+            raise UsageError(f"there is no cell '{name}' in the grid; there are: {', '.join(commands)}{nearest(name, commands)}")
     commands = {name: commands[name] for name in chosen or commands}
     (root / LOGS).mkdir(parents=True, exist_ok=True)
     try:

@@ -221,6 +221,7 @@ def test_other_seeds_give_other_models(vqmoe, workspace):
         (["pretrain", "--method", "a]"], 2, ["method 'a]' has no section"]),
         (["pretrain", "-S", "pretrain.stepz=1"], 2, ["unknown key pretrain.stepz", "did you mean steps?"]),
         (["pretrain", "-S", "model.norm=middle"], 2, ["model.norm is 'middle'"]),
+        (["pretrain", "-S", "model.norm=prae"], 2, ["model.norm is 'prae'", "'pre' or 'post' (did you mean pre?)"]),
         (["pretrain", "--params", "none.yaml"], 2, ["none.yaml: no such params file", "name one with --params"]),
         (["finetune", "--task", "nosuch"], 2, ["task 'nosuch' is not one of data.tasks; there are: toy"]),
         (["pretrain"], 1, ["outputs/data/source: not found", "run the stage that makes it first"]),
@@ -235,6 +236,28 @@ def test_a_cell_that_is_not_in_the_grid(vqmoe, workspace):
     result = vqmoe("grid", "--jobs", "2", "vqmoe-s1", tiny=False)
     assert_one_line(result, 2, "there is no cell 'vqmoe-s1' in the grid; there are: vqmoe-s0, smoe-s0")
     assert not (workspace / "outputs").exists()
+
+
+def test_a_quiet_stage_says_nothing(vqmoe, monkeypatch):
+    monkeypatch.setenv("VQMOE_QUIET", "")
+    assert "prepare: " in vqmoe("prepare").stderr
+    done = vqmoe("--quiet", "prepare")
+    assert done.exit_code == 0 and done.output == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("vqmoe train --method sm", ["smoe", "smoe_dropout"]),
+        ("vqmoe preset evidence/t", ["evidence/text"]),
+        ("vqmoe gene", ["generate"]),
+        ("vqmoe train --params nowhere.yaml --method sm", []),
+    ],
+)
+def test_names_are_completed(words, completed):
+    given = {"_VQMOE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(["vqmoe"], env=os.environ | given, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout.split() == [f"plain,{name}" for name in completed] and done.stderr == ""
 
 
 def test_unknown_options_and_commands_are_clicks_own(vqmoe):

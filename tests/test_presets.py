@@ -244,14 +244,19 @@ def test_presets_are_listed_with_a_line_each(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("tinny", "tiny"), ("enwik8-transformer-xl", "paper/enwik8-transformer-xl"), ("../params", "paper/"), ("tiny.yaml", "tiny")],
+    ("name", "said"),
+    [
+        ("tinny", " (did you mean tiny?)"),
+        ("enwik8-transformer-xl", " (did you mean paper/enwik8-transformer-xl?)"),
+        ("tiny.yaml", " (did you mean tiny?)"),
+        ("../params", ""),
+    ],
 )
-def test_a_name_that_no_preset_has_is_one_line_with_the_nearest(name, nearest):
+def test_a_name_that_no_preset_has_is_one_line_with_the_nearest(name, said):
     result = CliRunner().invoke(cli.main, ["preset", name])
     assert result.exit_code == 2
     (line,) = result.output.splitlines()
-    assert line.startswith(f"vqmoe: there is no preset '{name}', the nearest is {nearest}")
+    assert line == f"vqmoe: there is no preset '{name}'{said}; `vqmoe preset` lists them all"
 
 
 def test_outside_of_a_repository_there_are_none(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def test_a_failed_step_ends_without_a_line(capsys):
 
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "Console", lambda **more: Console(force_terminal=True, width=120, **more))
     with Progress("pretrain x", total=4) as shown:
         for _ in range(4):
             shown.advance(loss=1.5)
@@ -30,3 +30,12 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     assert "pretrain x" in printed
     assert "100%" in printed
     assert "loss 1.5" in printed
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_is_shown_where_quiet_is_asked_for(capsys, monkeypatch, terminal):
+    monkeypatch.setenv("VQMOE_QUIET", "1")
+    monkeypatch.setattr(progress, "Console", lambda **more: Console(force_terminal=terminal, **more))
+    with Progress("pretrain x", total=4) as shown:
+        shown.advance(4)
+    assert capsys.readouterr() == ("", "")

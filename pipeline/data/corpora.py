@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data import archives
-from pipeline.errors import Failure, UsageError
+from pipeline.errors import Failure, UsageError, nearest
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
@@ -111,8 +111,11 @@ def load_corpus(name: str, root: Path) -> Corpus:
     if not exists(path):
         if name in EMBEDDED:
             raise Failure(f"{path}: not found; restore it with `git checkout {EMBEDDED[name]}`")
-        names = ", ".join((*EMBEDDED, *PUBLISHED))
-        raise UsageError(f"data.corpus or data.shifts has '{name}': neither a corpus by name ({names}) nor an existing path")
+        known = (*EMBEDDED, *PUBLISHED)
+        raise UsageError(
+            f"data.corpus or data.shifts has '{name}': neither a corpus by name ({', '.join(known)}) nor an existing path"
+            f"{nearest(name, known)}"
+        )
     kind = file_kind(path)
     if path.is_dir():
         corpus = _folder(path)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import Failure, UsageError
+from pipeline.errors import Failure, UsageError, nearest
 
 Noisy = tuple[np.ndarray, np.ndarray]
 
@@ -124,7 +124,7 @@ def corrupt(symbols: np.ndarray, kind: str, rate: float, alphabet: Alphabet, rng
     Raises UsageError for another name or rate, Failure for a text of no symbols.
     """
     if kind not in KINDS:
-        raise UsageError(f"corruption '{kind}' does not exist; there are: {', '.join(KINDS)}")
+        raise UsageError(f"corruption '{kind}' does not exist; there are: {', '.join(KINDS)}{nearest(kind, KINDS)}")
     if not 0 <= rate <= 1:
         raise UsageError(f"rate {rate} of corruption {kind}: expected 0 to 1")
     if not len(symbols):

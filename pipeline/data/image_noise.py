@@ -34,7 +34,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from pipeline.data.corruption import rng_for
-from pipeline.errors import Failure, UsageError
+from pipeline.errors import Failure, UsageError, nearest
 
 # Where a normal density is cut, in standard deviations.
 _REACH = 4
@@ -130,7 +130,7 @@ def corrupt_images(
     Raises UsageError for another name or severity, Failure for no images.
     """
     if kind not in KINDS:
-        raise UsageError(f"corruption '{kind}' does not exist; there are: {', '.join(KINDS)}")
+        raise UsageError(f"corruption '{kind}' does not exist; there are: {', '.join(KINDS)}{nearest(kind, KINDS)}")
     levels = LEVELS[KINDS[kind]]
     if severity not in range(1, len(levels) + 1):
         raise UsageError(f"severity {severity} of corruption {kind}: expected 1 to {len(levels)}")

@@ -19,7 +19,7 @@ from pipeline.data import archives
 from pipeline.data.batches import generator
 from pipeline.data.corpora import exists
 from pipeline.data.image_files import ARRAYS, FOLDERS, Stored, StoredSet, read_folder, read_npz, reason
-from pipeline.errors import Failure, UsageError
+from pipeline.errors import Failure, UsageError, nearest
 
 TEST_SHARE = 0.2  # of digits, which come without a split
 
@@ -123,7 +123,9 @@ def stored_images(source: str, root: Path) -> StoredSet:
     elif source == "imagenet":
         found = _imagenet(path)
     elif not exists(path):
-        raise UsageError(f"data has '{source}': neither images by name ({', '.join(SETS)}) nor an existing path")
+        raise UsageError(
+            f"data has '{source}': neither images by name ({', '.join(SETS)}) nor an existing path{nearest(source, SETS)}"
+        )
     elif path.is_dir():
         found = read_folder(path)
     elif path.suffix.lower() == ".npz":

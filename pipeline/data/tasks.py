@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.data import archives, published
 from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records
-from pipeline.errors import Failure, UsageError
+from pipeline.errors import Failure, UsageError, nearest
 
 # A passage may be longer than the 131,072 characters that csv allows a field by default.
 csv.field_size_limit(2**31 - 1)
@@ -54,7 +54,8 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
         return _checked("task era", examples, {})
     path = published.fetch(name, root) if name in published.TASKS else root / name
     if not exists(path):
-        raise UsageError(f"data.tasks has '{name}': neither era, {', '.join(published.TASKS)} nor an existing path")
+        known = ("era", *published.TASKS)
+        raise UsageError(f"data.tasks has '{name}': neither {', '.join(known)} nor an existing path{nearest(name, known)}")
     examples = {split: [] for split in SPLITS}
     places: dict[tuple[str, str], str] = {}
     for place, split, text, label, group in _rows(name, path):
