@@ -26,8 +26,8 @@ SECTIONS = {
     "report": ("grid", "data", "report"),
 }
 
-# Code each stage depends on. Not among it: cli.py, stages/{execute,grid,orphan,resume,reproduce}.py and pipeline/tracking,
-# which start a stage and record it but have no part in its results, and what comes after: stages/use.py, pipeline/serving.
+# Code each stage depends on. Not among it: cli.py, pipeline/tracking and what starts a stage and records it (execute.py and
+# what that imports), which have no part in its results, and what is no stage: the other files of stages/, pipeline/serving.
 COMMON_CODE = ("pipeline/errors.py", "pipeline/files.py", "stages/paths.py")
 _TRAINING = (
     "pipeline/config.py",
