@@ -33,7 +33,7 @@ def reproduce(root: Path, prefix: str, keep: bool) -> None:
 
     Raises Failure if metrics or files are not the same, or if something that the run was made from is not there any more.
     """
-    last = Step.of(_find(root, prefix))
+    last = Step.of(tracking.named(root, prefix))
     steps = plan(last, root)
     with _work_tree(root, last.run.id, keep) as tree:
         for step in steps:  # what is missing is found before anything is trained
@@ -284,17 +284,6 @@ def _compare(last: Step, now: tracking.Recorded) -> None:
         f"run {then.id} is not reproduced: {differ} of {len(metrics)} metrics and {other} of {len(files)} files differ; "
         "the tables above say how far, and what else does"
     )
-
-
-def _find(root: Path, prefix: str) -> tracking.Recorded:
-    if not re.fullmatch("[0-9a-f]{4,32}", prefix):
-        raise UsageError(f"'{prefix}' is no run id: give 4 to 32 of the digits 0-9 and a-f that it begins with, as in results/")
-    found = tracking.find(root, prefix)
-    if not found:
-        raise UsageError(f"no run has an id that begins with {prefix}; `vqmoe ui` shows the runs that there are")
-    if len(found) > 1:
-        raise UsageError(f"{found[0].id} and {found[1].id} both begin with {prefix}; give more of the id")
-    return found[0]
 
 
 def _git(folder: Path, *arguments: str, stdin: str = "") -> str:

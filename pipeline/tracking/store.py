@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from pipeline.errors import Failure
 from pipeline.files import output_file
+from pipeline.tracking import pyfunc
 from pipeline.tracking.journal import Journal, Sent
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ class Sender:
         found = self._client.search_logged_models(
             [self._experiment_id], f"name = '{name}' AND source_run_id = '{self._run_id}'", max_results=1
         )
-        model = found[0] if found else None
+        model, run = found[0] if found else None, self._client.get_run(self._run_id)
         if model is None or str(model.status) != "READY":
             folder = self._kept(kept)
             if folder is None:
@@ -330,10 +331,10 @@ class Sender:
             model = model or self._client.create_logged_model(
                 self._experiment_id, name=name, source_run_id=self._run_id, model_type="vqmoe"
             )
+            pyfunc.describe(folder, model.model_id, run.data.tags)
             self._client.log_model_artifacts(model.model_id, str(folder))
             self._client.finalize_logged_model(model.model_id, "READY")
-        outputs = self._client.get_run(self._run_id).outputs
-        if outputs is None or model.model_id not in {output.model_id for output in outputs.model_outputs}:
+        if run.outputs is None or model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
             self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=0)])
         # A metric of the run that is linked has to be the same point, or it would stand there twice.
         linked = [

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import cli
 from pipeline import config, tracking
 from pipeline.moe.layer import SETTINGS
-from pipeline.tracking import store
+from pipeline.tracking import recorded, store
 from stages import reproduce
 from stages.paths import Cell
 from tests.conftest import write_corpus
@@ -191,7 +191,7 @@ def test_a_run_that_does_not_exist(vqmoe, given, parts):
 
 
 def test_an_id_that_two_runs_begin_with(vqmoe, monkeypatch):
-    monkeypatch.setattr(tracking, "find", lambda root, prefix: [SimpleNamespace(id="abcd1"), SimpleNamespace(id="abcd2")])
+    monkeypatch.setattr(recorded, "find", lambda root, prefix: [SimpleNamespace(id="abcd1"), SimpleNamespace(id="abcd2")])
     assert_one_line(vqmoe("reproduce", "abcd"), 2, "abcd1 and abcd2 both begin with abcd; give more of the id")
 
 
