@@ -20,6 +20,8 @@ Workflow:
   vqmoe route --text "..."          which expert reads what
   vqmoe generate --prompt "the"     text from a language model
   vqmoe classify --text "..."       the label of a text; of lines of files, of images
+  vqmoe register                    the grid's models into MLflow's registry, the best as champion
+  vqmoe export DEST --model MODEL   a model as a folder to give away, with a model card
   vqmoe reproduce RUN_ID            run again what a run was made from, and compare
   vqmoe train --method smoe         all stages of one method in one process, under runs/
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
@@ -107,8 +109,8 @@ def _with_cell(command: Any) -> Any:
 
 
 def _with_model(place: str) -> Any:
-    text = f"A folder with model.json. Default: that of the first method and seed under {place}."
-    return click.option("--model", type=click.Path(path_type=Path), help=text)
+    text = f"A folder with model.json, a run id, or models:/name@alias. Default: the first method and seed under {place}."
+    return click.option("--model", metavar="MODEL", help=text)
 
 
 def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = None, seed: int | None = None) -> Any:
@@ -218,7 +220,7 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
 def generate(
     file: Path | None,
     overrides: tuple[str, ...],
-    model: Path | None,
+    model: str | None,
     prompt: str,
     length: int,
     temperature: float,
@@ -229,8 +231,8 @@ def generate(
     from stages import use
     from stages.paths import Paths
 
-    sampling = Sampling(temperature, top_p)
-    use.generate(model or use.default_model(_load(file, overrides), Paths.here(), "pretrain"), prompt, length, sampling, seed)
+    sampling, here = Sampling(temperature, top_p), Paths.here()
+    use.generate(model or use.default_model(_load(file, overrides), here, "pretrain"), here.root, prompt, length, sampling, seed)
 
 
 @main.command(help="Label texts, lines of text FILES (- is standard input) or images, by a classifier.")
@@ -242,7 +244,7 @@ def generate(
 def classify(
     file: Path | None,
     overrides: tuple[str, ...],
-    model: Path | None,
+    model: str | None,
     texts: tuple[str, ...],
     as_json: bool,
     files: tuple[Path, ...],
@@ -253,7 +255,30 @@ def classify(
 
     if not texts and not files:
         raise UsageError("nothing to label; name files, - for standard input, or --text")
-    use.classify(model or use.default_model(_load(file, overrides), Paths.here(), "finetune"), texts, files, as_json)
+    here = Paths.here()
+    use.classify(model or use.default_model(_load(file, overrides), here, "finetune"), here.root, texts, files, as_json)
+
+
+@main.command(
+    help="Put the models of the grid's runs into MLflow's registry, the best on validation as `champion`; twice adds none."
+)
+@_with_params
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def register(file: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    from stages.paths import Paths
+    from stages.register import register as register_runs
+
+    register_runs(_load(file, overrides), Paths.here(), as_json)
+
+
+@main.command(help="Write a model into the folder DEST with a model card, for use without DVC and MLflow.")
+@click.option("--model", metavar="MODEL", required=True, help="A folder with model.json, a run id, or models:/name@alias.")
+@click.argument("dest", type=click.Path(path_type=Path))
+def export(model: str, dest: Path) -> None:
+    from stages.export import export as write
+    from stages.paths import Paths
+
+    write(model, Paths.here().root, dest)
 
 
 @main.command(help="Show how models route a text, or the text or image of FILE: every token in the colour of its expert.")

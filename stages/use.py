@@ -2,14 +2,16 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import serving
+from pipeline import serving, tracking
 from pipeline.config import Params
 from pipeline.data.corpora import read_text
 from pipeline.errors import UsageError
@@ -20,24 +22,47 @@ BATCH = 64
 SHOWN = 60
 
 
-def generate(folder: Path, prompt: str, length: int, sampling: serving.Sampling, seed: int) -> None:
+@contextmanager
+def folder_of(source: str | Path, root: Path) -> Iterator[Path]:
+    """The folder of the model that `source` names: that folder itself, or one of its files that is there until the end.
+
+    Other than a folder it names a run, by the first characters of its id, or a registered model: `models:/name@alias` or
+    `models:/name/version`. Raises UsageError for one that there is not, Failure if the store or the files cannot be read.
+    """
+    with found(source, root) as (folder, _):
+        yield folder
+
+
+@contextmanager
+def found(source: str | Path, root: Path) -> Iterator[tuple[Path, tracking.Recorded | None]]:
+    """As `folder_of`, and the run that made the model, if it was not a folder that was named."""
+    if Path(source).exists() or not tracking.names_model(str(source)):
+        yield Path(source), None
+        return
+    with tempfile.TemporaryDirectory(prefix="vqmoe-") as temporary:
+        yield tracking.fetch(root, str(source), Path(temporary))
+
+
+def generate(source: str | Path, root: Path, prompt: str, length: int, sampling: serving.Sampling, seed: int) -> None:
     """Print the prompt as the model reads it, and its continuation as it comes."""
-    model = serving.load(folder)
+    with folder_of(source, root) as folder:
+        model = serving.load(folder)
     if not isinstance(model, serving.LanguageModel):
-        raise UsageError(f"{folder}: a {model.spec.kind}; name a language model, such as outputs/pretrain/vqmoe-s0")
+        raise UsageError(f"{source}: a {model.spec.kind}; name a language model, such as outputs/pretrain/vqmoe-s0")
     print(model.read(prompt), end="", flush=True)
     for text in model.generate(prompt, length, sampling, seed):
         print(text, end="", flush=True)
     print()
 
 
-def classify(folder: Path, texts: Sequence[str], files: Sequence[Path], as_json: bool) -> None:
+def classify(source: str | Path, root: Path, texts: Sequence[str], files: Sequence[Path], as_json: bool) -> None:
     """Print the label of each text, line of a text file or image and its probability; as JSON lines, with those of all labels."""
-    model = serving.load(folder)
+    with folder_of(source, root) as folder:
+        model = serving.load(folder)
     if isinstance(model, serving.LanguageModel):
-        raise UsageError(f"{folder}: a language model; name a classifier, such as outputs/finetune/vqmoe-s0/era")
+        raise UsageError(f"{source}: a language model; name a classifier, such as outputs/finetune/vqmoe-s0/era")
     if isinstance(model, serving.ImageClassifier) and texts:
-        raise UsageError(f"{folder}: labels images; name image files, and no --text")
+        raise UsageError(f"{source}: labels images; name image files, and no --text")
     named = (("file", file) for file in files) if isinstance(model, serving.ImageClassifier) else _texts(texts, files)
     width = max(map(len, model.spec.labels))
     while some := list(islice(named, BATCH)):

@@ -1,9 +1,14 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
 import cli
+from pipeline.files import read_json
+from stages.paths import Cell
+from tests.conftest import REPOSITORY
 
 
 def invoke(*arguments, input=None):
@@ -47,3 +52,23 @@ def test_what_cannot_be_done_is_one_line(served, kind, arguments, line):
     done = invoke(*arguments, "--model", served(kind))
     assert done.exit_code == (1 if "not found" in line else 2)
     assert line in done.output and len(done.output.splitlines()) == 1
+
+
+def test_a_model_is_named_by_its_run(trained):
+    run_id = read_json(trained.result("finetune", Cell("smoe", 0, "toy")), "")["run_id"]
+    by_run, by_folder = (
+        invoke("classify", "--model", model, "--text", "a", "--json") for model in (run_id[:12], "outputs/finetune/smoe-s0/toy")
+    )
+    assert by_run.exit_code == 0 and by_run.output == by_folder.output
+    wrong = invoke("generate", "--model", run_id)
+    assert wrong.exit_code == 2 and wrong.output.startswith(f"vqmoe: {run_id}: a classifier; name a language model")
+
+
+def test_a_folder_needs_no_mlflow_and_comes_before_a_run(served, tmp_path):
+    served("classifier").rename(tmp_path / "abcd")
+    code = "import sys\nsys.modules['mlflow'] = None\nfrom cli import main\nmain(['classify', '--model', 'abcd', '--text', 'a'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / ".mlflow").exists()
