@@ -283,7 +283,7 @@ def export(model: str, dest: Path) -> None:
 
 @main.command(help="Show how models route a text, or the text or image of FILE: every token in the colour of its expert.")
 @_with_params
-@click.option("--model", "folders", multiple=True, type=click.Path(path_type=Path), help="As of generate; repeatable.")
+@click.option("--model", "sources", multiple=True, metavar="MODEL", help="As of generate; repeatable.")
 @click.option("--text", help="A text, in the place of FILE.")
 @click.option("--by", type=click.Choice(["expert", "code"]), default="expert", show_default=True, help="What the colours are.")
 @click.option("--noise", help="Beside the clean text the noised one: swap, delete, insert, replace, keyboard, word, case, ...")
@@ -295,7 +295,7 @@ def export(model: str, dest: Path) -> None:
 def route(
     file: Path | None,
     overrides: tuple[str, ...],
-    folders: tuple[Path, ...],
+    sources: tuple[str, ...],
     text: str | None,
     by: str,
     noise: str | None,
@@ -305,16 +305,21 @@ def route(
     as_json: bool,
     text_or_image: Path | None,
 ) -> None:
+    from contextlib import ExitStack
+
     from pipeline.errors import UsageError
     from stages import route as routing
+    from stages import use
     from stages.paths import Paths
 
     if (text is None) == (text_or_image is None):
         raise UsageError("what is to be routed? name one: FILE or --text")
     paths = Paths.here()
-    models = [(folder.name, folder) for folder in folders] or routing.default_models(_load(file, overrides), paths)
     noised = None if noise is None else routing.Noise(noise, rate, seed)
-    routing.route(models, paths, text, text_or_image, noised, by, html, as_json)
+    with ExitStack() as stack:
+        named = [(Path(one).name, stack.enter_context(use.folder_of(one, paths.root))) for one in sources]
+        models = named or routing.default_models(_load(file, overrides), paths)
+        routing.route(models, paths, text, text_or_image, noised, by, html, as_json)
 
 
 @main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")

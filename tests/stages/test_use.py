@@ -60,6 +60,9 @@ def test_a_model_is_named_by_its_run(trained):
         invoke("classify", "--model", model, "--text", "a", "--json") for model in (run_id[:12], "outputs/finetune/smoe-s0/toy")
     )
     assert by_run.exit_code == 0 and by_run.output == by_folder.output
+    routed = invoke("route", "--model", run_id[:12], "--model", "outputs/finetune/smoe-s0/toy", "--text", "ab", "--json")
+    one, other = (json.loads(line) for line in routed.output.splitlines())
+    assert one | {"model": ""} == other | {"model": ""}
     wrong = invoke("generate", "--model", run_id)
     assert wrong.exit_code == 2 and wrong.output.startswith(f"vqmoe: {run_id}: a classifier; name a language model")
 
