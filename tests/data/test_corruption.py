@@ -178,7 +178,7 @@ def test_an_empty_text_is_refused(kind):
 
 
 def test_bad_requests():
-    with pytest.raises(UsageError, match="corruption 'swop' does not exist; there are: swap, delete.*did you mean swap"):
+    with pytest.raises(UsageError, match=r"corruption 'swop' does not exist; there are: swap, delete.*did you mean swap"):
         noisy("swop", 0.1)
     for rate in (1.5, -0.1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"rate {rate} of corruption swap: expected 0 to 1"):

@@ -95,7 +95,7 @@ def test_bad_tasks_are_one_line(tmp_path, content, words):
 
 def test_names_and_corpora_that_do_not_fit(tmp_path):
     with pytest.raises(
-        UsageError, match=r"data\.tasks has 'eras': neither era, sst2, sst5, imdb, banking77 nor an existing path \(did you mean era\?\)"
+        UsageError, match=r"data\.tasks has 'eras': neither era, sst2, .*, banking77 nor an existing path \(did you mean era\?\)"
     ):
         load_task("eras", {}, tmp_path, 0)
     with pytest.raises(UsageError, match="documents without a year"):
