@@ -110,7 +110,7 @@ def test_bad_files_are_one_line(tmp_path, name, content, words):
 
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(
-        UsageError, match=r"'sotuu': neither a corpus by name \(sotu, austen, .*, lm1b\) nor an existing path \(did you mean sotu\?\)"
+        UsageError, match=r"'sotuu': neither a corpus by name \(sotu, .*, lm1b\) nor an existing path \(did you mean sotu\?\)"
     ):
         load_corpus("sotuu", tmp_path)
     with pytest.raises(UsageError, match="nor an existing path"):
