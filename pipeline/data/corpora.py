@@ -1,27 +1,19 @@
 """Corpora as splits of documents, read as they are needed, and the two views of a text."""
 
-import gzip
 import hashlib
-import json
-import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data import archives
+from pipeline.data import archives, tables
+from pipeline.data.tables import CUTS, SPLITS, file_kind
 from pipeline.errors import Failure, UsageError
 
-SPLITS = ("train", "valid", "test")
 EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
-# A single text is split in its own order, as enwik8 and text8 are: 90 %, 5 %, 5 % of it. So are the files of a folder, each
-# as a whole, in an order that only their names decide.
-CUTS = (0.90, 0.95)
-# Of a file of text or of records.
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 
 class Published(NamedTuple):
@@ -97,8 +89,8 @@ Corpus = dict[str, Split]
 
 
 def load_corpus(name: str, root: Path) -> Corpus:
-    """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): folder, .txt or .jsonl, also
-    with .gz or .xz.
+    """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): a folder of texts, a .txt, or a
+    file of records (`tables`).
 
     Raises UsageError for a name that is neither, Failure with file, line and remedy for data that cannot be used; what is
     wrong inside a long text may only be found while it is read.
@@ -118,12 +110,10 @@ def load_corpus(name: str, root: Path) -> Corpus:
         corpus = _folder(path)
     elif kind == ".txt":
         corpus = _cut_file(path)
-    elif kind == ".jsonl":
-        corpus = _json_lines(path)
+    elif kind in tables.READERS:
+        corpus = _records(path)
     else:
-        raise UsageError(
-            f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt or .jsonl (or these with .gz or .xz)"
-        )
+        raise UsageError(f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt, {tables.FILES}")
     for split in SPLITS:
         if not any(document.text.strip() for document in corpus[split]):
             raise Failure(f"{path}: the {split} split is empty; give it at least one document with text")
@@ -142,11 +132,6 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name that no file can have
         return False
-
-
-def file_kind(path: Path) -> str:
-    """The suffix in lower case, without that of compression."""
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def stream(documents: Iterable[Document], view_name: str) -> Iterator[str]:
@@ -171,38 +156,7 @@ def join(texts: Iterable[str], view_name: str) -> str:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file, plain or compressed, without a byte-order mark."""
-    return "".join(_texts(path))
-
-
-def records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered objects of a .jsonl file, plain or compressed, each with the named fields as text."""
-    for number, line in enumerate(archives.lines(_texts(path)), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise Failure(f"{path}, line {number}: not JSON; the file may be truncated, fetch or write it again") from None
-        if not isinstance(record, dict):
-            raise Failure(f"{path}, line {number}: holds {type(record).__name__}, expected an object with {', '.join(fields)}")
-        yield number, check_record(path, number, record, fields)
-
-
-def check_record(path: Path, number: int, record: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """The record itself, once every field is there as text and the split is a known one."""
-    for field in fields:
-        if field not in record or record[field] is None:
-            there = ", ".join(f"'{name}'" for name, value in record.items() if name and value is not None)
-            raise Failure(f"{path}, line {number}: no field '{field}' among {there}; every line needs {', '.join(fields)}")
-        if not isinstance(record[field], str) and not (field == "label" and isinstance(record[field], int)):
-            raise Failure(f"{path}, line {number}: {field} is {record[field]!r}, expected text")
-        if re.search("[\ud800-\udfff]", str(record[field])):
-            raise Failure(
-                f"{path}, line {number}: {field} holds half of a surrogate pair (\\ud800 to \\udfff); write the character itself"
-            )
-    if record["split"] not in SPLITS:
-        raise Failure(f"{path}, line {number}: split is '{record['split']}'; expected {', '.join(SPLITS)}")
-    return record
+    return "".join(tables.texts(path))
 
 
 def _spelled(text: str) -> str:
@@ -233,29 +187,17 @@ def _text27(texts: Iterable[str]) -> Iterator[str]:
         yield blank
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """Text of a UTF-8 file, plain or compressed, in stretches."""
-    opened = COMPRESSED.get(path.suffix.lower(), open)
-
-    def chunks() -> Iterator[bytes]:
-        with archives.reading(path), opened(path, "rb") as file:
-            while chunk := file.read(archives.MIB):
-                yield chunk
-
-    return archives.decoded(chunks(), str(path))
-
-
 def _parts(name: str, texts: Iterable[str]) -> Iterator[Document]:
     return (Document(name, text, part=part) for part, text in enumerate(texts))
 
 
-def _json_lines(path: Path) -> Corpus:
+def _records(path: Path) -> Corpus:
     sizes = dict.fromkeys(SPLITS, 0)
-    for _, record in records(path, ("text", "split")):
+    for _, record in tables.records(path, ("text",)):
         sizes[record["split"]] += len(record["text"].encode())
 
     def read(split: str) -> Iterator[Document]:
-        for number, record in records(path, ("text", "split")):
+        for number, record in tables.records(path, ("text",)):
             if record["split"] == split:
                 year = record.get("year")
                 yield Document(str(record.get("id", number)), record["text"], year if isinstance(year, int) else None)
@@ -317,12 +259,12 @@ def _cut_member(path: Path, member: str) -> Corpus:
 def _cut_file(path: Path) -> Corpus:
     """A text file, cut between characters."""
     characters = size = 0
-    for text in _texts(path):
+    for text in tables.texts(path):
         characters += len(text)
         size += len(text.encode())
 
     def read(split: str, start: int, stop: int) -> Iterator[Document]:
-        yield from _parts(f"{path.name}:{split}", _between(_texts(path), start, stop))
+        yield from _parts(f"{path.name}:{split}", _between(tables.texts(path), start, stop))
 
     return {
         split: Split(size * (stop - start) // max(1, characters), partial(read, split, start, stop))

@@ -85,7 +85,7 @@ def read(path: Path, labels: dict[str, str] | None = None) -> Iterator[Row]:
                 if labels is None or label in labels:
                     yield split, text, label if labels is None else labels[label]
             return
-    raise Failure(f"{path}: holds none of {', '.join(_FORMS)} as published; use .jsonl or .csv with text, label and split")
+    raise Failure(f"{path}: holds none of {', '.join(_FORMS)} as published; use .jsonl or .csv with text and label")
 
 
 def _trees(files: dict[str, str], path: Path) -> Iterator[Row]:

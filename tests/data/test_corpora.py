@@ -115,9 +115,9 @@ def test_names_that_lead_nowhere(tmp_path):
         load_corpus("sotuu", tmp_path)
     with pytest.raises(UsageError, match="nor an existing path"):
         load_corpus("x" * 300, tmp_path)
-    (tmp_path / "c.csv").write_text("text,split")
-    with pytest.raises(UsageError, match=r"expected a folder, or a file \.txt or \.jsonl"):
-        load_corpus("c.csv", tmp_path)
+    (tmp_path / "c.md").write_text("text")
+    with pytest.raises(UsageError, match=r"expected a folder, or a file \.txt, \.jsonl, \.csv or \.tsv"):
+        load_corpus("c.md", tmp_path)
     with pytest.raises(Failure, match=r"sotu\.jsonl\.xz: not found; restore"):
         load_corpus("sotu", tmp_path)
     (tmp_path / "folder").mkdir()

@@ -107,7 +107,7 @@ def test_names_and_corpora_that_do_not_fit(tmp_path):
         ("t.gz", gzip.compress(HEAD.encode())),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UsageError, match=rf"data\.tasks has '{name}': expected a file \.jsonl or \.csv \(or these with"):
+        with pytest.raises(UsageError, match=rf"data\.tasks has '{name}': expected a file \.jsonl, \.csv or \.tsv \(or"):
             load_task(name, {}, tmp_path, 0)
     (tmp_path / "t.tar.gz").write_bytes(b"no archive")
     with pytest.raises(Failure, match=r"t\.tar\.gz: truncated or damaged"):
