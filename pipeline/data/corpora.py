@@ -14,6 +14,8 @@ from pipeline.data.tables import CUTS, SPLITS, file_kind
 from pipeline.errors import Failure, UsageError
 
 EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
+# What the splits of a folder or an .npz may be called.
+NAMES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
 
 
 class Published(NamedTuple):
@@ -159,6 +161,51 @@ def read_text(path: Path) -> str:
     return "".join(tables.texts(path))
 
 
+def named_splits(path: Path, there: Callable[[str], bool]) -> dict[str, str]:
+    """What the splits that are there are called; the one beside train is test, whatever it is called."""
+    if there("valid") and there("val"):
+        raise Failure(f"{path}: has both valid and val; keep one of them")
+    names = {split: name for split, accepted in NAMES.items() for name in accepted if there(name)}
+    if "test" not in names and "valid" in names:
+        names["test"] = names.pop("valid")
+    return names
+
+
+def folder_texts(path: Path) -> dict[str, list[str]]:
+    """Names of the texts of each split: train.txt, valid.txt and test.txt, what lies below train/, valid/ and test/, or, with
+    none of these, all .txt files anywhere below, split by file.
+    """
+    with archives.open(path) as folder:
+        names = [name for name in folder.names() if name.lower().endswith(".txt")]
+    given = [f"{split}.txt" for split in SPLITS]
+    if set(given) & set(names):
+        if missing := [name for name in given if name not in names]:
+            raise Failure(f"{path / missing[0]}: not found; a folder of texts needs {', '.join(given)}")
+        return {split: [name] for split, name in zip(SPLITS, given, strict=True)}
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    named = named_splits(path, tops.__contains__)
+    if {"train", "test"} <= named.keys():
+        texts = {split: [name for name in names if name.startswith(f"{top}/")] for split, top in named.items()}
+        if "valid" not in texts:
+            texts["valid"], texts["train"] = _held_out(texts["train"])
+        return texts
+    if len(names) < len(SPLITS):
+        raise Failure(
+            f"{path}: holds {len(names)} .txt files; a folder of texts needs {', '.join(given)}, or three .txt files and more "
+            "to be split by file"
+        )
+    test, rest = _held_out(names)
+    valid, train = rest[: len(test)], rest[len(test) :]
+    return {"train": train, "valid": valid, "test": test}
+
+
+def _held_out(names: list[str]) -> tuple[list[str], list[str]]:
+    """A twentieth of the names of files, at least one, and the rest, in an order that only they decide."""
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    count = max(1, round((1 - CUTS[0]) / 2 * len(names)))
+    return order[:count], order[count:]
+
+
 def _spelled(text: str) -> str:
     return _OTHER.sub(" ", text.lower().translate(_SPELLED))
 
@@ -206,23 +253,7 @@ def _records(path: Path) -> Corpus:
 
 
 def _folder(path: Path) -> Corpus:
-    """train.txt, valid.txt and test.txt, or, with none of these, all .txt files anywhere below, split by file."""
-    with archives.open(path) as folder:
-        names = [name for name in folder.names() if name.lower().endswith(".txt")]
-    given = [f"{split}.txt" for split in SPLITS]
-    if set(given) & set(names):
-        if missing := [name for name in given if name not in names]:
-            raise Failure(f"{path / missing[0]}: not found; a corpus folder needs {', '.join(given)}")
-        return _members(path, {split: [name] for split, name in zip(SPLITS, given, strict=True)})
-    if len(names) < len(SPLITS):
-        raise Failure(
-            f"{path}: holds {len(names)} .txt files; a corpus folder needs {', '.join(given)}, or three .txt files and more "
-            "to be split by file"
-        )
-    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-    # Few files: at least one for each split.
-    held_out = max(1, round((1 - CUTS[0]) / 2 * len(names)))
-    return _members(path, {"train": names[2 * held_out :], "valid": names[held_out : 2 * held_out], "test": names[:held_out]})
+    return _members(path, folder_texts(path))
 
 
 def _members(path: Path, members: dict[str, list[str]]) -> Corpus:

@@ -16,10 +16,9 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional
 
 from pipeline.data import archives
+from pipeline.data.corpora import named_splits
 from pipeline.errors import Failure
 
-# What the splits of a folder or an .npz may be called.
-NAMES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
 FOLDERS = "train/<class>/ and test/<class>/ with image files in them, and valid/<class>/ if there is a validation split"
 ARRAYS = "x_train, y_train, x_test, y_test, or of JPEG bytes blob, offset, y, is_test"
 
@@ -52,7 +51,7 @@ class StoredSet(NamedTuple):
 
 def read_folder(path: Path) -> StoredSet:
     """Folders of classes in a folder per split; or, with none of these, folders of classes."""
-    names = _splits(path, lambda name: (path / name).is_dir())
+    names = named_splits(path, lambda name: (path / name).is_dir())
     try:
         found = {split: datasets.ImageFolder(path / name, loader=decoded) for split, name in (names or {"all": "."}).items()}
     except OSError as error:  # of a folder without classes, or a class without images, too
@@ -142,7 +141,7 @@ def _arrays(path: Path, file: Any) -> dict[str, Stored]:
             lambda i: f"{path}, image {i} of x_{name}",
         )
 
-    splits = {split: stored(name) for split, name in _splits(path, lambda name: f"x_{name}" in file.files).items()}
+    splits = {split: stored(name) for split, name in named_splits(path, lambda name: f"x_{name}" in file.files).items()}
     shapes = {split: tuple(images.read(0).shape) for split, images in splits.items() if len(images.labels_N)}
     if len({*shapes.values()}) > 1:
         sizes = ", ".join(f"{split} {'x'.join(map(str, shape))}" for split, shape in shapes.items())
@@ -157,16 +156,6 @@ def _labels(path: Path, name: str, y: np.ndarray, count: int) -> np.ndarray:
     if y_N.shape != (count,) or not np.issubdtype(y.dtype, np.integer):
         raise Failure(f"{path}: {name} is {y.dtype} of shape {y.shape}, expected {count} whole numbers, a label for each image")
     return y_N.astype(np.int64)
-
-
-def _splits(path: Path, there: Callable[[str], bool]) -> dict[str, str]:
-    """What the splits that are there are called."""
-    if there("valid") and there("val"):
-        raise Failure(f"{path}: has both valid and val; keep one of them")
-    names = {split: name for split, accepted in NAMES.items() for name in accepted if there(name)}
-    if "test" not in names and "valid" in names:
-        names["test"] = names.pop("valid")
-    return names
 
 
 def decoded(file: str | BytesIO) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import archives, published, tables
-from pipeline.data.corpora import Corpus, exists
+from pipeline.data.corpora import Corpus, exists, folder_texts, read_text
 from pipeline.data.tables import SPLITS, file_kind
 from pipeline.errors import Failure, UsageError
 
@@ -39,7 +39,8 @@ class Task:
 def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     """`era`, made from a corpus with years, a published task by name, or a path (relative to `root`).
 
-    A path is a file of records (`tables`), or a task as published: folder, zip or tar.
+    A path is a file of records (`tables`), a folder of texts in a folder for each class, split as a corpus of it would be, or a
+    task as published: folder, zip or tar.
     Raises UsageError for a name that is none of these, Failure for data that cannot be used.
     """
     if name == "era":
@@ -134,14 +135,26 @@ def _rows(name: str, path: Path) -> Iterator[tuple[str, str, str, str, str | Non
     if not path.is_dir() and file_kind(path) in tables.READERS:
         for number, record in tables.records(path, ("text", "label")):
             yield tables.place(path, number), record["split"], record["text"], str(record["label"]), tables.group(record)
+    elif path.is_dir() and not published.recognised(path):
+        yield from _folders(path)
     elif archives.is_archive(path):
         labels = published.TASKS[name].labels if name in published.TASKS else None
         for number, (split, text, label) in enumerate(published.read(path, labels), 1):
             yield f"{path}, example {number}", split, text, label, None
     else:
         raise UsageError(
-            f"data.tasks has '{name}': expected a file {tables.FILES}, or a task as published: a folder, a zip or a tar"
+            f"data.tasks has '{name}': expected a file {tables.FILES}, a folder with a folder of texts for each class, or a task "
+            "as published: a folder, a zip or a tar"
         )
+
+
+def _folders(path: Path) -> Iterator[tuple[str, str, str, str, None]]:
+    """Texts whose label is the name of the folder that they lie in."""
+    for split, names in folder_texts(path).items():
+        for name in names:
+            if "/" not in name:
+                raise Failure(f"{path / name}: lies in no folder of a class; put it into one, or elsewhere")
+            yield str(path / name), split, read_text(path / name), name.split("/")[-2], None
 
 
 def _checked(source: str, examples: dict[str, list[Example]], places: dict[tuple[str, str], str]) -> Task:

@@ -122,11 +122,11 @@ def test_names_that_lead_nowhere(tmp_path):
         load_corpus("sotu", tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(
-        Failure, match=r"folder: holds 0 \.txt files; a corpus folder needs train\.txt, valid\.txt, test\.txt, or"
+        Failure, match=r"folder: holds 0 \.txt files; a folder of texts needs train\.txt, valid\.txt, test\.txt, or"
     ):
         load_corpus("folder", tmp_path)
     (tmp_path / "folder/train.txt").write_text("text")
-    with pytest.raises(Failure, match=r"valid\.txt: not found; a corpus folder needs"):
+    with pytest.raises(Failure, match=r"valid\.txt: not found; a folder of texts needs"):
         load_corpus("folder", tmp_path)
 
 
@@ -151,6 +151,28 @@ def test_a_folder_of_texts_is_split_by_file(tmp_path):
     (tmp_path / "d" / min(names)).unlink()
     with pytest.raises(Failure, match=r"d: holds 2 \.txt files"):
         load_corpus("d", tmp_path)
+
+
+def test_splits_that_are_folders(tmp_path):
+    def lay(name):
+        (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c" / name).write_text(f"text of {name}\n")
+
+    def names():
+        return {split: {document.name for document in found} for split, found in documents(load_corpus("c", tmp_path)).items()}
+
+    for i in range(40):
+        lay(f"train/{'ab'[i % 2]}/{i}.txt")
+    lay("test/a/0.txt")
+    lay("readme.txt")
+    found = names()
+    assert found["test"] == {"test/a/0.txt"}
+    assert len(found["valid"]) == 2 and len(found["train"]) == 38
+    assert all(name.startswith("train/") for name in found["valid"] | found["train"])
+    lay("val/b/1.txt")
+    assert names() == {"train": found["train"] | found["valid"], "valid": {"val/b/1.txt"}, "test": found["test"]}
+    (tmp_path / "c/test/a/0.txt").unlink()
+    assert names()["test"] == {"val/b/1.txt"}
 
 
 TEXTS = st.lists(st.tuples(st.text("aB 1.\n\u00e4\u0130", max_size=8), st.booleans()), max_size=8)

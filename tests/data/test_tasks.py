@@ -66,6 +66,38 @@ def test_json_lines_with_integer_labels_plain_or_compressed(tmp_path):
     assert load_task("t.jsonl.xz", {}, tmp_path, 0) == load_task("t.jsonl.gz", {}, tmp_path, 0) == task
 
 
+def test_a_folder_of_texts_for_each_class(tmp_path):
+    for i in range(100):
+        path = tmp_path / f"t/{'one' if i % 3 else 'deep/two'}/{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"\ufefftext {i}\n")
+    (tmp_path / "t/notes.md").write_text("no text")
+    task, corpus = load_task("t", {}, tmp_path, 0), load_corpus("t", tmp_path)
+    assert task.labels == ("one", "two")
+    assert [len(task.splits[split]) for split in SPLITS] == [90, 5, 5]
+    for split in SPLITS:
+        # The language model learns on no text that the task is tested on.
+        assert {example.text for example in task.splits[split]} == {document.text for document in corpus[split]}
+        assert all(example.label == ("one" if int(example.text.split()[1]) % 3 else "two") for example in task.splits[split])
+    (tmp_path / "t/readme.txt").write_text("text")
+    with pytest.raises(Failure, match=r"t/readme\.txt: lies in no folder of a class; put it into one"):
+        load_task("t", {}, tmp_path, 0)
+
+
+def test_a_folder_of_texts_with_splits(tmp_path):
+    for split in SPLITS:
+        for label in "ab":
+            (tmp_path / "t" / split / label).mkdir(parents=True)
+            (tmp_path / "t" / split / label / "1.txt").write_text(f"{label} of {split}")
+    task = load_task("t", {}, tmp_path, 0)
+    assert {split: [(e.text, e.label) for e in task.splits[split]] for split in SPLITS} == {
+        split: [(f"{label} of {split}", label) for label in "ab"] for split in SPLITS
+    }
+    (tmp_path / "t/test/b").rename(tmp_path / "t/test/c")
+    with pytest.raises(Failure, match=r"t/test/c/1\.txt: label 'c' is in test but never in train"):
+        load_task("t", {}, tmp_path, 0)
+
+
 HEAD = "text,label,split\na,x,train\nb,y,train\nc,x,valid\n"
 
 
