@@ -3,6 +3,7 @@
 Shapes: N images, C channels (1 or 3), H height, W width.
 """
 
+import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.data import archives
 from pipeline.data.corpora import named_splits
 from pipeline.errors import Failure
 
-FOLDERS = "train/<class>/ and test/<class>/ with image files in them, and valid/<class>/ if there is a validation split"
+FOLDERS = "train/<class>/ and test/<class>/ with image files in them, perhaps valid/<class>/; or <class>/ alone"
 ARRAYS = "x_train, y_train, x_test, y_test, or of JPEG bytes blob, offset, y, is_test"
 
 
@@ -51,6 +52,7 @@ class StoredSet(NamedTuple):
 
 def read_folder(path: Path) -> StoredSet:
     """Folders of classes in a folder per split; or, with none of these, folders of classes."""
+    _refuse_loops(path)
     names = named_splits(path, lambda name: (path / name).is_dir())
     try:
         found = {split: datasets.ImageFolder(path / name, loader=decoded) for split, name in (names or {"all": "."}).items()}
@@ -68,6 +70,15 @@ def read_folder(path: Path) -> StoredSet:
         return Stored(np.array(images.targets, dtype=np.int64), lambda i: images[i][0], lambda i: images.samples[i][0])
 
     return StoredSet(str(path), tuple(found[first].classes), {split: stored(images) for split, images in found.items()})
+
+
+def _refuse_loops(path: Path) -> None:
+    """Torchvision follows links, and one that leads back would give it the same images again and again."""
+    for folder, names, _ in os.walk(path, followlinks=True):
+        for link in filter(Path.is_symlink, (Path(folder, name) for name in names)):
+            above = [Path(folder), *Path(folder).parents]
+            if any(link.samefile(place) for place in above[: above.index(path) + 1]):
+                raise Failure(f"{link}: a link that leads back to a folder it lies in; remove it")
 
 
 def read_npz(path: Path) -> StoredSet:
