@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import archives, published, tables
-from pipeline.data.corpora import Corpus, exists, folder_texts, read_text
+from pipeline.data.corpora import Corpus, exists, folder_texts, load_corpus, read_text
 from pipeline.data.tables import SPLITS, file_kind
 from pipeline.errors import Failure, UsageError
 
@@ -37,15 +37,20 @@ class Task:
 
 
 def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
-    """`era`, made from a corpus with years, a published task by name, or a path (relative to `root`).
+    """`era`, made from the corpus or, where that has no years, the embedded one; a published task by name; or a path (relative to
+    `root`).
 
     A path is a file of records (`tables`), a folder of texts in a folder for each class, split as a corpus of it would be, or a
     task as published: folder, zip or tar.
     Raises UsageError for a name that is none of these, Failure for data that cannot be used.
     """
     if name == "era":
+        if next(iter(corpus["train"])).year is None:
+            corpus = load_corpus("sotu", root)
         if any(document.year is None for split in SPLITS for document in corpus[split]):
-            raise UsageError("data.tasks has 'era': the corpus has documents without a year; name a labelled file instead")
+            raise UsageError(
+                "data.tasks has 'era': the corpus has documents with a year and without; give all one, or name a labelled file"
+            )
         examples = {split: list(_eras(corpus, split, passage)) for split in SPLITS}
         return _checked("task era", examples, {})
     path = published.fetch(name, root) if name in published.TASKS else root / name

@@ -29,6 +29,7 @@ def test_the_era_task_keeps_splits_apart():
     texts = {split: {example.text for example in task.splits[split]} for split in SPLITS}
     assert len(texts["train"] & texts["test"]) <= 1
     assert sum(len(task.splits[split]) for split in SPLITS) > 15_000
+    assert load_task("era", {split: [Document("d", "without a year")] for split in SPLITS}, REPOSITORY, 480) == task
 
 
 def test_round_trip(tmp_path, task_file):
@@ -130,8 +131,8 @@ def test_names_and_corpora_that_do_not_fit(tmp_path):
         UsageError, match=r"data\.tasks has 'eras': neither era, sst2, sst5, imdb, banking77 nor an existing path"
     ):
         load_task("eras", {}, tmp_path, 0)
-    with pytest.raises(UsageError, match="documents without a year"):
-        load_task("era", {split: [Document("d", "text")] for split in SPLITS}, tmp_path, 100)
+    with pytest.raises(UsageError, match="documents with a year and without"):
+        load_task("era", {split: [Document("d", "text", 1800), Document("d", "text")] for split in SPLITS}, tmp_path, 100)
     for name, content in (
         ("t.txt", b"a b c"),
         ("t.json", b"[]"),
