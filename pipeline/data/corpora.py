@@ -177,6 +177,8 @@ def folder_texts(path: Path) -> dict[str, list[str]]:
     """
     with archives.open(path) as folder:
         names = [name for name in folder.names() if name.lower().endswith(".txt")]
+    if wrong := [name for name in names if re.search("[\ud800-\udfff]", name)]:
+        raise Failure(f"{path / wrong[0]}: its name is not UTF-8; rename it")
     given = [f"{split}.txt" for split in SPLITS]
     if set(given) & set(names):
         if missing := [name for name in given if name not in names]:

@@ -58,7 +58,7 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
         raise UsageError(f"data.tasks has '{name}': neither era, {', '.join(published.TASKS)} nor an existing path")
     examples = {split: [] for split in SPLITS}
     places: dict[tuple[str, str], str] = {}
-    for place, split, text, label, group in _rows(name, path):
+    for place, split, text, label, group in rows(name, path):
         if not text.strip():
             raise Failure(f"{place}: the text is empty; remove the line or fill it")
         if not label.strip():
@@ -66,6 +66,24 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
         examples[split].append(Example(text, label.strip(), group))
         places.setdefault((split, label.strip()), place)
     return _checked(str(path), examples, places)
+
+
+def rows(name: str, path: Path) -> Iterator[tuple[str, str, str, str, str | None]]:
+    """Place, split, text, label and group of every example of a task by name or of a path, as they are."""
+    if not path.is_dir() and file_kind(path) in tables.READERS:
+        for number, record in tables.records(path, ("text", "label")):
+            yield tables.place(path, number), record["split"], record["text"], str(record["label"]), tables.group(record)
+    elif path.is_dir() and not published.recognised(path):
+        yield from _folders(path)
+    elif archives.is_archive(path):
+        labels = published.TASKS[name].labels if name in published.TASKS else None
+        for number, (split, text, label) in enumerate(published.read(path, labels), 1):
+            yield f"{path}, example {number}", split, text, label, None
+    else:
+        raise UsageError(
+            f"data.tasks has '{name}': expected a file {tables.FILES}, a folder with a folder of texts for each class, or a task "
+            "as published: a folder, a zip or a tar"
+        )
 
 
 def task_source(name: str, root: Path) -> Path:
@@ -133,24 +151,6 @@ def _eras(corpus: Corpus, split: str, passage: int) -> Iterator[Example]:
         first = document.year - (document.year - ERA_FIRST) % ERA_YEARS
         for text in passages(document.text, passage):
             yield Example(text, f"{first}-{first + ERA_YEARS - 1}", document.name)
-
-
-def _rows(name: str, path: Path) -> Iterator[tuple[str, str, str, str, str | None]]:
-    """Place, split, text, label and group of every example."""
-    if not path.is_dir() and file_kind(path) in tables.READERS:
-        for number, record in tables.records(path, ("text", "label")):
-            yield tables.place(path, number), record["split"], record["text"], str(record["label"]), tables.group(record)
-    elif path.is_dir() and not published.recognised(path):
-        yield from _folders(path)
-    elif archives.is_archive(path):
-        labels = published.TASKS[name].labels if name in published.TASKS else None
-        for number, (split, text, label) in enumerate(published.read(path, labels), 1):
-            yield f"{path}, example {number}", split, text, label, None
-    else:
-        raise UsageError(
-            f"data.tasks has '{name}': expected a file {tables.FILES}, a folder with a folder of texts for each class, or a task "
-            "as published: a folder, a zip or a tar"
-        )
 
 
 def _folders(path: Path) -> Iterator[tuple[str, str, str, str, None]]:

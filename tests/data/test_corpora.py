@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 import random
 import re
 import tracemalloc
@@ -151,6 +152,13 @@ def test_a_folder_of_texts_is_split_by_file(tmp_path):
     (tmp_path / "d" / min(names)).unlink()
     with pytest.raises(Failure, match=r"d: holds 2 \.txt files"):
         load_corpus("d", tmp_path)
+
+
+def test_a_name_that_is_not_utf_8_is_named(tmp_path):
+    for name in (b"a", b"b", b"c\xff"):
+        (tmp_path / os.fsdecode(name + b".txt")).write_text("text")
+    with pytest.raises(Failure, match=r"c\\udcff\.txt: its name is not UTF-8; rename it"):
+        load_corpus(str(tmp_path), tmp_path)
 
 
 def test_splits_that_are_folders(tmp_path):
