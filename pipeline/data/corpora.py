@@ -59,8 +59,7 @@ PUBLISHED = {
 }
 
 _DIGITS = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
-_SPELLED = str.maketrans({digit: f" {word} " for digit, word in _DIGITS.items()})
-_OTHER = re.compile("[^a-z]+")
+_LETTERS = bytes(code if chr(code) in "abcdefghijklmnopqrstuvwxyz" else 32 for code in range(256))
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,14 @@ def _held_out(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _spelled(text: str) -> str:
-    return _OTHER.sub(" ", text.lower().translate(_SPELLED))
+    """Letters a-z, and a space for what else there is between, before and after them; in bytes, much faster than by a regex."""
+    text = text.lower()
+    for digit, word in _DIGITS.items():
+        text = text.replace(digit, f" {word} ")
+    seen = text.encode("ascii", "replace").translate(_LETTERS)
+    while b"  " in seen:
+        seen = seen.replace(b"  ", b" ")
+    return seen.decode()
 
 
 def _joined(documents: Iterable[Document]) -> Iterator[str]:

@@ -34,6 +34,15 @@ def test_27_symbol_view():
     assert join(["A.", "B."], "bytes") == "A.\nB."
 
 
+SPELLED = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
+
+
+@given(st.text() | st.text("aB 1.\n\u00e4\u0130\udc80\x00\x85\u2028\u212a"))
+def test_27_symbol_view_is_that_of_the_simplest_code(content):
+    spelled = "".join(f" {SPELLED[c]} " if c in SPELLED else c for c in content.lower())
+    assert view(content, "text27") == re.sub("[^a-z]+", " ", spelled).strip()
+
+
 def test_the_embedded_corpus_is_split_by_whole_address():
     corpus = documents(load_corpus("sotu", REPOSITORY))
     assert {split: len(corpus[split]) for split in SPLITS} == {"train": 193, "valid": 20, "test": 20}
