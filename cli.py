@@ -27,6 +27,7 @@ Workflow:
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
   vqmoe track sync                  send what runs could not record while MLflow was out of reach
   vqmoe preset                      other experiments, those of the paper among them
+  vqmoe data check PATH             what it would make of data of your own, and the params for it
   vqmoe doctor                      what this machine has, and what would stop a run
 Stages, in order, as `dvc repro` calls them:
   prepare > pretrain > warmup > finetune > robustness > report, and compute
@@ -382,6 +383,21 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
     ctx.exit(any(finding.problem for finding in findings))
+
+
+@main.group(help="Data of your own.")
+def data() -> None:
+    pass
+
+
+@data.command("check", help="What vqmoe would make of the file or folder PATH, and what to put into params.yaml for it.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.argument("path", type=click.Path(path_type=Path))
+def data_check(path: Path, as_json: bool) -> None:
+    from stages.check import run
+    from stages.paths import Paths
+
+    run(path, Paths.here().root, as_json)
 
 
 @main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")

@@ -5,7 +5,11 @@ import subprocess
 import types
 
 import torch
+from click.testing import CliRunner
 
+import cli
+from pipeline.data.corpora import load_corpus
+from pipeline.data.tasks import load_task, write_task
 from pipeline.moe import layer
 from pipeline.moe.routers.base import Sizes
 from tests.conftest import REPOSITORY
@@ -51,6 +55,19 @@ def test_the_models_of_the_example_are_used(served):
     exec("\n".join(before), used)
     assert len(eval(generate, used)) > 20
     assert eval(classify, used).shape == (1, 2)
+
+
+def test_the_example_of_own_data_prints_that(tmp_path, monkeypatch):
+    copy, command, output = re.search(r"## Your own data\n\n```\n(.*?)\n(.*?)\n```.*?```\n(.*?)```", README, re.S).groups()
+    _, source, target, *_ = copy.split()
+    assert source == "outputs/data/tasks/era/examples.jsonl"
+    (tmp_path / "dvc.yaml").touch()
+    write_task(tmp_path / "era", load_task("era", load_corpus("sotu", REPOSITORY), REPOSITORY, 480))
+    (tmp_path / target).parent.mkdir()
+    (tmp_path / "era/examples.jsonl").rename(tmp_path / target)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.main, command.split()[1:])
+    assert (done.exit_code, done.stdout) == (0, output)
 
 
 def test_the_router_of_the_example_works(monkeypatch):

@@ -1,27 +1,21 @@
 """Corpora as splits of documents, read as they are needed, and the two views of a text."""
 
-import gzip
 import hashlib
-import json
-import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data import archives
+from pipeline.data import archives, tables
+from pipeline.data.tables import CUTS, SPLITS, file_kind
 from pipeline.errors import Failure, UsageError, nearest
 
-SPLITS = ("train", "valid", "test")
 EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
-# A single text is split in its own order, as enwik8 and text8 are: 90 %, 5 %, 5 % of it. So are the files of a folder, each
-# as a whole, in an order that only their names decide.
-CUTS = (0.90, 0.95)
-# Of a file of text or of records.
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
+# What the splits of a folder or an .npz may be called.
+NAMES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
 
 
 class Published(NamedTuple):
@@ -65,8 +59,7 @@ PUBLISHED = {
 }
 
 _DIGITS = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
-_SPELLED = str.maketrans({digit: f" {word} " for digit, word in _DIGITS.items()})
-_OTHER = re.compile("[^a-z]+")
+_LETTERS = bytes(code if chr(code) in "abcdefghijklmnopqrstuvwxyz" else 32 for code in range(256))
 
 
 @dataclass(frozen=True)
@@ -97,8 +90,8 @@ Corpus = dict[str, Split]
 
 
 def load_corpus(name: str, root: Path) -> Corpus:
-    """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): folder, .txt or .jsonl, also
-    with .gz or .xz.
+    """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): a folder of texts, a .txt, or a
+    file of records (`tables`).
 
     Raises UsageError for a name that is neither, Failure with file, line and remedy for data that cannot be used; what is
     wrong inside a long text may only be found while it is read.
@@ -121,12 +114,10 @@ def load_corpus(name: str, root: Path) -> Corpus:
         corpus = _folder(path)
     elif kind == ".txt":
         corpus = _cut_file(path)
-    elif kind == ".jsonl":
-        corpus = _json_lines(path)
+    elif kind in tables.READERS:
+        corpus = _records(path)
     else:
-        raise UsageError(
-            f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt or .jsonl (or these with .gz or .xz)"
-        )
+        raise UsageError(f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt, {tables.FILES}")
     for split in SPLITS:
         if not any(document.text.strip() for document in corpus[split]):
             raise Failure(f"{path}: the {split} split is empty; give it at least one document with text")
@@ -145,11 +136,6 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name that no file can have
         return False
-
-
-def file_kind(path: Path) -> str:
-    """The suffix in lower case, without that of compression."""
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def stream(documents: Iterable[Document], view_name: str) -> Iterator[str]:
@@ -174,42 +160,65 @@ def join(texts: Iterable[str], view_name: str) -> str:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file, plain or compressed, without a byte-order mark."""
-    return "".join(_texts(path))
+    return "".join(tables.texts(path))
 
 
-def records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered objects of a .jsonl file, plain or compressed, each with the named fields as text."""
-    for number, line in enumerate(archives.lines(_texts(path)), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise Failure(f"{path}, line {number}: not JSON; the file may be truncated, fetch or write it again") from None
-        if not isinstance(record, dict):
-            raise Failure(f"{path}, line {number}: holds {type(record).__name__}, expected an object with {', '.join(fields)}")
-        yield number, check_record(path, number, record, fields)
+def named_splits(path: Path, there: Callable[[str], bool]) -> dict[str, str]:
+    """What the splits that are there are called; the one beside train is test, whatever it is called."""
+    if there("valid") and there("val"):
+        raise Failure(f"{path}: has both valid and val; keep one of them")
+    names = {split: name for split, accepted in NAMES.items() for name in accepted if there(name)}
+    if "test" not in names and "valid" in names:
+        names["test"] = names.pop("valid")
+    return names
 
 
-def check_record(path: Path, number: int, record: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """The record itself, once every field is there as text and the split is a known one."""
-    for field in fields:
-        if field not in record or record[field] is None:
-            there = ", ".join(f"'{name}'" for name, value in record.items() if name and value is not None)
-            raise Failure(f"{path}, line {number}: no field '{field}' among {there}; every line needs {', '.join(fields)}")
-        if not isinstance(record[field], str) and not (field == "label" and isinstance(record[field], int)):
-            raise Failure(f"{path}, line {number}: {field} is {record[field]!r}, expected text")
-        if re.search("[\ud800-\udfff]", str(record[field])):
-            raise Failure(
-                f"{path}, line {number}: {field} holds half of a surrogate pair (\\ud800 to \\udfff); write the character itself"
-            )
-    if record["split"] not in SPLITS:
-        raise Failure(f"{path}, line {number}: split is '{record['split']}'; expected {', '.join(SPLITS)}")
-    return record
+def folder_texts(path: Path) -> dict[str, list[str]]:
+    """Names of the texts of each split: train.txt, valid.txt and test.txt, what lies below train/, valid/ and test/, or, with
+    none of these, all .txt files anywhere below, split by file.
+    """
+    with archives.open(path) as folder:
+        names = [name for name in folder.names() if name.lower().endswith(".txt")]
+    if wrong := [name for name in names if re.search("[\ud800-\udfff]", name)]:
+        raise Failure(f"{path / wrong[0]}: its name is not UTF-8; rename it")
+    given = [f"{split}.txt" for split in SPLITS]
+    if set(given) & set(names):
+        if missing := [name for name in given if name not in names]:
+            raise Failure(f"{path / missing[0]}: not found; a folder of texts needs {', '.join(given)}")
+        return {split: [name] for split, name in zip(SPLITS, given, strict=True)}
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    named = named_splits(path, tops.__contains__)
+    if {"train", "test"} <= named.keys():
+        texts = {split: [name for name in names if name.startswith(f"{top}/")] for split, top in named.items()}
+        if "valid" not in texts:
+            texts["valid"], texts["train"] = _held_out(texts["train"])
+        return texts
+    if len(names) < len(SPLITS):
+        raise Failure(
+            f"{path}: holds {len(names)} .txt files; a folder of texts needs {', '.join(given)}, or three .txt files and more "
+            "to be split by file"
+        )
+    test, rest = _held_out(names)
+    valid, train = rest[: len(test)], rest[len(test) :]
+    return {"train": train, "valid": valid, "test": test}
+
+
+def _held_out(names: list[str]) -> tuple[list[str], list[str]]:
+    """A twentieth of the names of files, at least one, and the rest, in an order that only they decide."""
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    count = max(1, round((1 - CUTS[0]) / 2 * len(names)))
+    return order[:count], order[count:]
 
 
 def _spelled(text: str) -> str:
-    return _OTHER.sub(" ", text.lower().translate(_SPELLED))
+    """Letters a-z, and a space for what else there is between, before and after them; in bytes, much faster than by a regex."""
+    text = text.lower()
+    for digit, word in _DIGITS.items():
+        text = text.replace(digit, f" {word} ")
+    seen = text.encode("ascii", "replace").translate(_LETTERS)
+    while b"  " in seen:
+        seen = seen.replace(b"  ", b" ")
+    return seen.decode()
 
 
 def _joined(documents: Iterable[Document]) -> Iterator[str]:
@@ -236,29 +245,17 @@ def _text27(texts: Iterable[str]) -> Iterator[str]:
         yield blank
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """Text of a UTF-8 file, plain or compressed, in stretches."""
-    opened = COMPRESSED.get(path.suffix.lower(), open)
-
-    def chunks() -> Iterator[bytes]:
-        with archives.reading(path), opened(path, "rb") as file:
-            while chunk := file.read(archives.MIB):
-                yield chunk
-
-    return archives.decoded(chunks(), str(path))
-
-
 def _parts(name: str, texts: Iterable[str]) -> Iterator[Document]:
     return (Document(name, text, part=part) for part, text in enumerate(texts))
 
 
-def _json_lines(path: Path) -> Corpus:
+def _records(path: Path) -> Corpus:
     sizes = dict.fromkeys(SPLITS, 0)
-    for _, record in records(path, ("text", "split")):
+    for _, record in tables.records(path, ("text",)):
         sizes[record["split"]] += len(record["text"].encode())
 
     def read(split: str) -> Iterator[Document]:
-        for number, record in records(path, ("text", "split")):
+        for number, record in tables.records(path, ("text",)):
             if record["split"] == split:
                 year = record.get("year")
                 yield Document(str(record.get("id", number)), record["text"], year if isinstance(year, int) else None)
@@ -267,23 +264,7 @@ def _json_lines(path: Path) -> Corpus:
 
 
 def _folder(path: Path) -> Corpus:
-    """train.txt, valid.txt and test.txt, or, with none of these, all .txt files anywhere below, split by file."""
-    with archives.open(path) as folder:
-        names = [name for name in folder.names() if name.lower().endswith(".txt")]
-    given = [f"{split}.txt" for split in SPLITS]
-    if set(given) & set(names):
-        if missing := [name for name in given if name not in names]:
-            raise Failure(f"{path / missing[0]}: not found; a corpus folder needs {', '.join(given)}")
-        return _members(path, {split: [name] for split, name in zip(SPLITS, given, strict=True)})
-    if len(names) < len(SPLITS):
-        raise Failure(
-            f"{path}: holds {len(names)} .txt files; a corpus folder needs {', '.join(given)}, or three .txt files and more "
-            "to be split by file"
-        )
-    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-    # Few files: at least one for each split.
-    held_out = max(1, round((1 - CUTS[0]) / 2 * len(names)))
-    return _members(path, {"train": names[2 * held_out :], "valid": names[held_out : 2 * held_out], "test": names[:held_out]})
+    return _members(path, folder_texts(path))
 
 
 def _members(path: Path, members: dict[str, list[str]]) -> Corpus:
@@ -320,12 +301,12 @@ def _cut_member(path: Path, member: str) -> Corpus:
 def _cut_file(path: Path) -> Corpus:
     """A text file, cut between characters."""
     characters = size = 0
-    for text in _texts(path):
+    for text in tables.texts(path):
         characters += len(text)
         size += len(text.encode())
 
     def read(split: str, start: int, stop: int) -> Iterator[Document]:
-        yield from _parts(f"{path.name}:{split}", _between(_texts(path), start, stop))
+        yield from _parts(f"{path.name}:{split}", _between(tables.texts(path), start, stop))
 
     return {
         split: Split(size * (stop - start) // max(1, characters), partial(read, split, start, stop))

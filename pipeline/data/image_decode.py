@@ -16,40 +16,55 @@ from torchvision.transforms.v2 import functional
 
 from pipeline.data.corpora import SPLITS
 from pipeline.data.image_files import ARRAYS, FOLDERS, Broken, Stored, StoredSet, decoded
-from pipeline.data.image_sets import held_out, stored_images
+from pipeline.data.image_sets import TEST_SHARE, held_out, stored_images
 from pipeline.data.images import CHANNELS, Images, ImageSet, View
 from pipeline.errors import Failure
 from pipeline.progress import Progress
 
 
 def load_images(source: str, root: Path, view: View, size: int, valid: float, broken: Literal["refuse", "skip"]) -> ImageSet:
-    """Splits of an image set by its name, or of a path (relative to `root`), see `stored_images`; each image as `fitted`.
+    """Splits of an image set by its name, or of a path (relative to `root`): `stored_images`, `split_rows`, each as `fitted`.
 
-    A set without a validation split has the share `valid` of each class of its training split held out.
     Raises UsageError for a name that is neither, Failure with file or class and remedy for data that cannot be used.
     """
     stored = stored_images(source, root)
-    if missing := [split for split in ("train", "test") if split not in stored.splits]:
+    chosen = split_rows(stored, valid)
+    splits, skipped = {}, 0
+    with Progress(f"decode {source}", sum(len(rows) for _, rows in chosen.values()), "image") as progress:
+        for split in SPLITS:
+            splits[split], lost = _decoded(*chosen[split], view, size, broken, stored.classes, progress)
+            skipped += lost
+    return ImageSet(stored.classes, splits, skipped)
+
+
+def split_rows(stored: StoredSet, valid: float) -> dict[str, tuple[Stored, np.ndarray]]:
+    """Images to read from and which of them, for each split.
+
+    Of a set without splits `TEST_SHARE` of each class is held out for test; of one without a validation split the share `valid`
+    of each class of its training split. Raises Failure for a set that cannot be learnt from.
+    """
+    chosen = {split: (images, np.arange(len(images.labels_N))) for split, images in stored.splits.items()}
+    if "all" in chosen:
+        chosen = _divided(stored, *chosen["all"], TEST_SHARE, "test")
+    if missing := [split for split in ("train", "test") if split not in chosen]:
         raise Failure(f"{stored.name}: has no {missing[0]} split; expected {FOLDERS}, or an .npz with {ARRAYS}")
     if len(stored.classes) < 2:
         raise Failure(f"{stored.name}: has the one class '{stored.classes[0]}'; classification needs at least two")
-    count = np.bincount(stored.splits["train"].labels_N, minlength=len(stored.classes))
+    images, train = chosen["train"]
+    count = np.bincount(images.labels_N[train], minlength=len(stored.classes))
     if not count.all():
         name = stored.classes[int(count.argmin())]
         raise Failure(f"{stored.name}: class '{name}' has no image in train; add some, or remove the class")
-    rows = {split: (images, np.arange(len(images.labels_N))) for split, images in stored.splits.items()}
-    if "valid" not in rows:
-        train, every = rows["train"]
-        held_N = held_out(train.labels_N, valid)
-        rows |= {"train": (train, every[~held_N]), "valid": (train, every[held_N])}
-        if not held_N.any():
-            raise Failure(f"{stored.name}: no class has two images in train, one of them for validation; add some")
-    splits, skipped = {}, 0
-    with Progress(f"decode {source}", sum(len(chosen) for _, chosen in rows.values()), "image") as progress:
-        for split in SPLITS:
-            splits[split], lost = _decoded(*rows[split], view, size, broken, stored.classes, progress)
-            skipped += lost
-    return ImageSet(stored.classes, splits, skipped)
+    return chosen if "valid" in chosen else chosen | _divided(stored, images, train, valid, "valid")
+
+
+def _divided(
+    stored: StoredSet, images: Stored, every: np.ndarray, share: float, split: str
+) -> dict[str, tuple[Stored, np.ndarray]]:
+    held_N = held_out(images.labels_N[every], share)
+    if not held_N.any():
+        raise Failure(f"{stored.name}: no class has two images in train, one of them for {split}; add some")
+    return {"train": (images, every[~held_N]), split: (images, every[held_N])}
 
 
 def load_shift(

@@ -3,6 +3,7 @@
 Shapes: N images, C channels (1 or 3), H height, W width.
 """
 
+import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -16,11 +17,10 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional
 
 from pipeline.data import archives
+from pipeline.data.corpora import named_splits
 from pipeline.errors import Failure
 
-# What the splits of a folder or an .npz may be called.
-NAMES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
-FOLDERS = "train/<class>/ and test/<class>/ with image files in them, and valid/<class>/ if there is a validation split"
+FOLDERS = "train/<class>/ and test/<class>/ with image files in them, perhaps valid/<class>/; or <class>/ alone"
 ARRAYS = "x_train, y_train, x_test, y_test, or of JPEG bytes blob, offset, y, is_test"
 
 
@@ -52,7 +52,8 @@ class StoredSet(NamedTuple):
 
 def read_folder(path: Path) -> StoredSet:
     """Folders of classes in a folder per split; or, with none of these, folders of classes."""
-    names = _splits(path, lambda name: (path / name).is_dir())
+    _refuse_loops(path)
+    names = named_splits(path, lambda name: (path / name).is_dir())
     try:
         found = {split: datasets.ImageFolder(path / name, loader=decoded) for split, name in (names or {"all": "."}).items()}
     except OSError as error:  # of a folder without classes, or a class without images, too
@@ -69,6 +70,15 @@ def read_folder(path: Path) -> StoredSet:
         return Stored(np.array(images.targets, dtype=np.int64), lambda i: images[i][0], lambda i: images.samples[i][0])
 
     return StoredSet(str(path), tuple(found[first].classes), {split: stored(images) for split, images in found.items()})
+
+
+def _refuse_loops(path: Path) -> None:
+    """Torchvision follows links, and one that leads back would give it the same images again and again."""
+    for folder, names, _ in os.walk(path, followlinks=True):
+        for link in filter(Path.is_symlink, (Path(folder, name) for name in names)):
+            above = [Path(folder), *Path(folder).parents]
+            if any(link.samefile(place) for place in above[: above.index(path) + 1]):
+                raise Failure(f"{link}: a link that leads back to a folder it lies in; remove it")
 
 
 def read_npz(path: Path) -> StoredSet:
@@ -142,7 +152,7 @@ def _arrays(path: Path, file: Any) -> dict[str, Stored]:
             lambda i: f"{path}, image {i} of x_{name}",
         )
 
-    splits = {split: stored(name) for split, name in _splits(path, lambda name: f"x_{name}" in file.files).items()}
+    splits = {split: stored(name) for split, name in named_splits(path, lambda name: f"x_{name}" in file.files).items()}
     shapes = {split: tuple(images.read(0).shape) for split, images in splits.items() if len(images.labels_N)}
     if len({*shapes.values()}) > 1:
         sizes = ", ".join(f"{split} {'x'.join(map(str, shape))}" for split, shape in shapes.items())
@@ -157,16 +167,6 @@ def _labels(path: Path, name: str, y: np.ndarray, count: int) -> np.ndarray:
     if y_N.shape != (count,) or not np.issubdtype(y.dtype, np.integer):
         raise Failure(f"{path}: {name} is {y.dtype} of shape {y.shape}, expected {count} whole numbers, a label for each image")
     return y_N.astype(np.int64)
-
-
-def _splits(path: Path, there: Callable[[str], bool]) -> dict[str, str]:
-    """What the splits that are there are called."""
-    if there("valid") and there("val"):
-        raise Failure(f"{path}: has both valid and val; keep one of them")
-    names = {split: name for split, accepted in NAMES.items() for name in accepted if there(name)}
-    if "test" not in names and "valid" in names:
-        names["test"] = names.pop("valid")
-    return names
 
 
 def decoded(file: str | BytesIO) -> Tensor:

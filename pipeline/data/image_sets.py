@@ -21,7 +21,7 @@ from pipeline.data.corpora import exists
 from pipeline.data.image_files import ARRAYS, FOLDERS, Stored, StoredSet, read_folder, read_npz, reason
 from pipeline.errors import Failure, UsageError, nearest
 
-TEST_SHARE = 0.2  # of digits, which come without a split
+TEST_SHARE = 0.2  # of a set that comes without splits, such as digits
 
 # What torchvision raises for files that are missing, cut off or of another kind.
 _UNUSABLE = (

@@ -72,7 +72,7 @@ def fetch(name: str, root: Path) -> Path:
 def read(path: Path, labels: dict[str, str] | None = None) -> Iterator[Row]:
     """Split, text and label of every example; Failure where members are missing or hold something else."""
     found: dict[str, dict[str, str]] = {form: {} for form in _FORMS}
-    for name, text in _members(path, re.compile("|".join(form.members for form in _FORMS.values()))):
+    for name, text in _members(path):
         (form,) = (form for form, made in _FORMS.items() if re.fullmatch(made.members, name))
         if name in found[form]:
             raise Failure(f"{path}: has several files {name}; name the folder of one of them")
@@ -85,7 +85,13 @@ def read(path: Path, labels: dict[str, str] | None = None) -> Iterator[Row]:
                 if labels is None or label in labels:
                     yield split, text, label if labels is None else labels[label]
             return
-    raise Failure(f"{path}: holds none of {', '.join(_FORMS)} as published; use .jsonl or .csv with text, label and split")
+    raise Failure(f"{path}: holds none of {', '.join(_FORMS)} as published; use .jsonl or .csv with text and label")
+
+
+def recognised(path: Path) -> bool:
+    """Whether a folder or archive has a member of one of these tasks."""
+    with archives.open(path) as archive:
+        return any(_NAMED.fullmatch(name) for name in archive.names())
 
 
 def _trees(files: dict[str, str], path: Path) -> Iterator[Row]:
@@ -169,10 +175,13 @@ _FORMS = {
 }
 
 
-def _members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, str]]:
-    """Name, as far as the pattern goes, and text of each wanted file, whatever folder it is in."""
-    named = re.compile(f"(?:.*/)?({wanted.pattern})", re.DOTALL)
+# Whatever folder a member is in.
+_NAMED = re.compile(f"(?:.*/)?({'|'.join(form.members for form in _FORMS.values())})", re.DOTALL)
+
+
+def _members(path: Path) -> Iterator[tuple[str, str]]:
+    """Name, as far as the pattern goes, and text of each member."""
     with archives.open(path) as archive:
         for name in archive.names():
-            if match := named.fullmatch(name):
+            if match := _NAMED.fullmatch(name):
                 yield match[1], archive.text(name)

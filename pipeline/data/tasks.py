@@ -1,7 +1,5 @@
 """Labelled tasks: the era task made from the embedded corpus, tasks as published, or a file of text, label and split."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import archives, published
-from pipeline.data.corpora import SPLITS, Corpus, check_record, exists, file_kind, read_text, records
+from pipeline.data import archives, published, tables
+from pipeline.data.corpora import Corpus, exists, folder_texts, load_corpus, read_text
+from pipeline.data.tables import SPLITS, file_kind
 from pipeline.errors import Failure, UsageError, nearest
 
-# A passage may be longer than the 131,072 characters that csv allows a field by default.
-csv.field_size_limit(2**31 - 1)
-
 ERA_FIRST, ERA_YEARS = 1790, 40
-FIELDS = ("text", "label", "split")
 EXAMPLES = "examples.jsonl"
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -42,14 +37,20 @@ class Task:
 
 
 def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
-    """`era`, made from a corpus with years, a published task by name, or a path (relative to `root`).
+    """`era`, made from the corpus or, where that has no years, the embedded one; a published task by name; or a path (relative to
+    `root`).
 
-    A path is .jsonl or .csv, also with .gz or .xz, or a task as published: folder, zip or tar.
+    A path is a file of records (`tables`), a folder of texts in a folder for each class, split as a corpus of it would be, or a
+    task as published: folder, zip or tar.
     Raises UsageError for a name that is none of these, Failure for data that cannot be used.
     """
     if name == "era":
+        if next(iter(corpus["train"])).year is None:
+            corpus = load_corpus("sotu", root)
         if any(document.year is None for split in SPLITS for document in corpus[split]):
-            raise UsageError("data.tasks has 'era': the corpus has documents without a year; name a labelled file instead")
+            raise UsageError(
+                "data.tasks has 'era': the corpus has documents with a year and without; give all one, or name a labelled file"
+            )
         examples = {split: list(_eras(corpus, split, passage)) for split in SPLITS}
         return _checked("task era", examples, {})
     path = published.fetch(name, root) if name in published.TASKS else root / name
@@ -58,7 +59,7 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
         raise UsageError(f"data.tasks has '{name}': neither {', '.join(known)} nor an existing path{nearest(name, known)}")
     examples = {split: [] for split in SPLITS}
     places: dict[tuple[str, str], str] = {}
-    for place, split, text, label, group in _rows(name, path):
+    for place, split, text, label, group in rows(name, path):
         if not text.strip():
             raise Failure(f"{place}: the text is empty; remove the line or fill it")
         if not label.strip():
@@ -66,6 +67,24 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
         examples[split].append(Example(text, label.strip(), group))
         places.setdefault((split, label.strip()), place)
     return _checked(str(path), examples, places)
+
+
+def rows(name: str, path: Path) -> Iterator[tuple[str, str, str, str, str | None]]:
+    """Place, split, text, label and group of every example of a task by name or of a path, as they are."""
+    if not path.is_dir() and file_kind(path) in tables.READERS:
+        for number, record in tables.records(path, ("text", "label")):
+            yield tables.place(path, number), record["split"], record["text"], str(record["label"]), tables.group(record)
+    elif path.is_dir() and not published.recognised(path):
+        yield from _folders(path)
+    elif archives.is_archive(path):
+        labels = published.TASKS[name].labels if name in published.TASKS else None
+        for number, (split, text, label) in enumerate(published.read(path, labels), 1):
+            yield f"{path}, example {number}", split, text, label, None
+    else:
+        raise UsageError(
+            f"data.tasks has '{name}': expected a file {tables.FILES}, a folder with a folder of texts for each class, or a task "
+            "as published: a folder, a zip or a tar"
+        )
 
 
 def task_source(name: str, root: Path) -> Path:
@@ -135,32 +154,13 @@ def _eras(corpus: Corpus, split: str, passage: int) -> Iterator[Example]:
             yield Example(text, f"{first}-{first + ERA_YEARS - 1}", document.name)
 
 
-def _rows(name: str, path: Path) -> Iterator[tuple[str, str, str, str, str | None]]:
-    """Place, split, text, label and group of every example."""
-    kind = file_kind(path)
-    if not path.is_dir() and kind in (".jsonl", ".csv"):
-        for number, record in _csv(path) if kind == ".csv" else records(path, FIELDS):
-            group = record.get("group")
-            group = None if group in (None, "") else str(group)
-            yield f"{path}, line {number}", record["split"], record["text"], str(record["label"]), group
-    elif archives.is_archive(path):
-        labels = published.TASKS[name].labels if name in published.TASKS else None
-        for number, (split, text, label) in enumerate(published.read(path, labels), 1):
-            yield f"{path}, example {number}", split, text, label, None
-    else:
-        raise UsageError(
-            f"data.tasks has '{name}': expected a file .jsonl or .csv (or these with .gz or .xz), or a task as published: a "
-            "folder, a zip or a tar"
-        )
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        for record in reader:
-            yield reader.line_num, check_record(path, reader.line_num, record, FIELDS)
-    except csv.Error as error:
-        raise Failure(f"{path}, line {reader.line_num}: no valid CSV ({error}); check its quotes, or use .jsonl") from None
+def _folders(path: Path) -> Iterator[tuple[str, str, str, str, None]]:
+    """Texts whose label is the name of the folder that they lie in."""
+    for split, names in folder_texts(path).items():
+        for name in names:
+            if "/" not in name:
+                raise Failure(f"{path / name}: lies in no folder of a class; put it into one, or elsewhere")
+            yield str(path / name), split, read_text(path / name), name.split("/")[-2], None
 
 
 def _checked(source: str, examples: dict[str, list[Example]], places: dict[tuple[str, str], str]) -> Task:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 import random
 import re
 import tracemalloc
@@ -31,6 +32,15 @@ def test_27_symbol_view():
     assert view("As it Is.\n", "bytes") == "As it Is.\n"
     assert join(["A.", "B."], "text27") == "a b"
     assert join(["A.", "B."], "bytes") == "A.\nB."
+
+
+SPELLED = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
+
+
+@given(st.text() | st.text("aB 1.\n\u00e4\u0130\udc80\x00\x85\u2028\u212a"))
+def test_27_symbol_view_is_that_of_the_simplest_code(content):
+    spelled = "".join(f" {SPELLED[c]} " if c in SPELLED else c for c in content.lower())
+    assert view(content, "text27") == re.sub("[^a-z]+", " ", spelled).strip()
 
 
 def test_the_embedded_corpus_is_split_by_whole_address():
@@ -115,18 +125,18 @@ def test_names_that_lead_nowhere(tmp_path):
         load_corpus("sotuu", tmp_path)
     with pytest.raises(UsageError, match="nor an existing path"):
         load_corpus("x" * 300, tmp_path)
-    (tmp_path / "c.csv").write_text("text,split")
-    with pytest.raises(UsageError, match=r"expected a folder, or a file \.txt or \.jsonl"):
-        load_corpus("c.csv", tmp_path)
+    (tmp_path / "c.md").write_text("text")
+    with pytest.raises(UsageError, match=r"expected a folder, or a file \.txt, \.jsonl, \.csv or \.tsv"):
+        load_corpus("c.md", tmp_path)
     with pytest.raises(Failure, match=r"sotu\.jsonl\.xz: not found; restore"):
         load_corpus("sotu", tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(
-        Failure, match=r"folder: holds 0 \.txt files; a corpus folder needs train\.txt, valid\.txt, test\.txt, or"
+        Failure, match=r"folder: holds 0 \.txt files; a folder of texts needs train\.txt, valid\.txt, test\.txt, or"
     ):
         load_corpus("folder", tmp_path)
     (tmp_path / "folder/train.txt").write_text("text")
-    with pytest.raises(Failure, match=r"valid\.txt: not found; a corpus folder needs"):
+    with pytest.raises(Failure, match=r"valid\.txt: not found; a folder of texts needs"):
         load_corpus("folder", tmp_path)
 
 
@@ -151,6 +161,35 @@ def test_a_folder_of_texts_is_split_by_file(tmp_path):
     (tmp_path / "d" / min(names)).unlink()
     with pytest.raises(Failure, match=r"d: holds 2 \.txt files"):
         load_corpus("d", tmp_path)
+
+
+def test_a_name_that_is_not_utf_8_is_named(tmp_path):
+    for name in (b"a", b"b", b"c\xff"):
+        (tmp_path / os.fsdecode(name + b".txt")).write_text("text")
+    with pytest.raises(Failure, match=r"c\\udcff\.txt: its name is not UTF-8; rename it"):
+        load_corpus(str(tmp_path), tmp_path)
+
+
+def test_splits_that_are_folders(tmp_path):
+    def lay(name):
+        (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c" / name).write_text(f"text of {name}\n")
+
+    def names():
+        return {split: {document.name for document in found} for split, found in documents(load_corpus("c", tmp_path)).items()}
+
+    for i in range(40):
+        lay(f"train/{'ab'[i % 2]}/{i}.txt")
+    lay("test/a/0.txt")
+    lay("readme.txt")
+    found = names()
+    assert found["test"] == {"test/a/0.txt"}
+    assert len(found["valid"]) == 2 and len(found["train"]) == 38
+    assert all(name.startswith("train/") for name in found["valid"] | found["train"])
+    lay("val/b/1.txt")
+    assert names() == {"train": found["train"] | found["valid"], "valid": {"val/b/1.txt"}, "test": found["test"]}
+    (tmp_path / "c/test/a/0.txt").unlink()
+    assert names()["test"] == {"val/b/1.txt"}
 
 
 TEXTS = st.lists(st.tuples(st.text("aB 1.\n\u00e4\u0130", max_size=8), st.booleans()), max_size=8)

@@ -332,9 +332,29 @@ def test_a_share_is_held_out_where_there_is_no_validation(tmp_path):
     fails("other: has both valid and val; keep one of them", "other", tmp_path)
 
 
+def test_folders_of_classes_alone(tmp_path):
+    lay(
+        tmp_path / "plain",
+        {f"{name}/{i}.png": picture(plain(20 * i + j)) for i in range(10) for j, name in enumerate(("ant", "bee"))},
+    )
+    found = load("plain", tmp_path)
+    assert [sorted(found.splits[split].labels_N) for split in SPLITS] == [[0] * 6 + [1] * 6, [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert len({shade for split in SPLITS for shade in shades(found.splits[split])}) == 20
+
+
+def test_links_that_lead_back(tmp_path):
+    lay(tmp_path / "loop", folders(train=2, test=1))
+    (tmp_path / "loop/train/bee/linked").symlink_to(tmp_path / "loop/train/ant")
+    assert len(load("loop", tmp_path).splits["train"].labels_N) == 4
+    # By way of each other; with two of them torchvision would not come to an end.
+    for name, target in (("ant/x", "bee"), ("ant/y", "../test"), ("../test/ant/z", "train")):
+        (tmp_path / "loop/train" / name).symlink_to(tmp_path / "loop/train" / target)
+    fails(r"loop/.*/linked/x: a link that leads back to a folder it lies in; remove it", "loop", tmp_path)
+
+
 def test_layouts_that_are_refused(tmp_path):
     lay(tmp_path / "plain", {"ant/0.png": picture(plain(1)), "bee/0.png": picture(plain(2))})
-    fails(f"plain: has no train split; expected {FOLDERS}, or an .npz", "plain", tmp_path)
+    fails("plain: no class has two images in train, one of them for test", "plain", tmp_path)
     lay(tmp_path / "half", folders(train=2))
     fails(f"half: has no test split; expected {FOLDERS}", "half", tmp_path)
     (tmp_path / "empty").mkdir()
@@ -482,6 +502,8 @@ def test_jpeg_bytes(tmp_path):
     blob[:100] = 0
     fails(r"j\.npz, image 0: cannot be decoded", jpegs(tmp_path / "j.npz", blob=blob), tmp_path)
     assert load(tmp_path / "j.npz", tmp_path, broken="skip").skipped == 1
+    found = load(jpegs(tmp_path / "k.npz", is_test=None), tmp_path)
+    assert [len(found.splits[split].labels_N) for split in SPLITS] == [4, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -492,7 +514,6 @@ def test_jpeg_bytes(tmp_path):
         ({"offset": np.arange(9) - 1}, "offset does not cut blob"),
         ({"offset": np.arange(8)}, r"y is uint8 of shape \(8,\), expected 7 whole numbers"),
         ({"y": None}, "has no y; expected"),
-        ({"is_test": None}, "has no train split"),
         ({"is_test": np.zeros(8, bool)}, "has no test split"),
         ({"is_test": np.zeros(7, bool)}, r"is_test has shape \(7,\), expected one value for each of 8"),
         ({"y": np.arange(8)}, r"image 2: label 2 in train is none of the 2 classes"),

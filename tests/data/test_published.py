@@ -227,7 +227,7 @@ def test_what_is_not_there_is_another_or_unknown(tmp_path, serve, server):
     lay("zip", TREES, tmp_path / "data/archives", "trainDevTestTrees_PTB.zip")
     with pytest.raises(Failure, match=r"trainDevTestTrees_PTB\.zip: sha256 is .*, expected"):
         load_task("sst2", {}, tmp_path, 0)
-    lay("folder", {"notes/readme.md": "none"}, tmp_path, "other")
+    lay("zip", {"notes/readme.md": "none"}, tmp_path, "other")
     with pytest.raises(Failure, match=r"holds none of SST \(trees\), SST-2 \(GLUE\), IMDB, BANKING77"):
         load_task("other", {}, tmp_path, 0)
 

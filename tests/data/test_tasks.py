@@ -29,6 +29,7 @@ def test_the_era_task_keeps_splits_apart():
     texts = {split: {example.text for example in task.splits[split]} for split in SPLITS}
     assert len(texts["train"] & texts["test"]) <= 1
     assert sum(len(task.splits[split]) for split in SPLITS) > 15_000
+    assert load_task("era", {split: [Document("d", "without a year")] for split in SPLITS}, REPOSITORY, 480) == task
 
 
 def test_round_trip(tmp_path, task_file):
@@ -66,6 +67,38 @@ def test_json_lines_with_integer_labels_plain_or_compressed(tmp_path):
     assert load_task("t.jsonl.xz", {}, tmp_path, 0) == load_task("t.jsonl.gz", {}, tmp_path, 0) == task
 
 
+def test_a_folder_of_texts_for_each_class(tmp_path):
+    for i in range(100):
+        path = tmp_path / f"t/{'one' if i % 3 else 'deep/two'}/{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"\ufefftext {i}\n")
+    (tmp_path / "t/notes.md").write_text("no text")
+    task, corpus = load_task("t", {}, tmp_path, 0), load_corpus("t", tmp_path)
+    assert task.labels == ("one", "two")
+    assert [len(task.splits[split]) for split in SPLITS] == [90, 5, 5]
+    for split in SPLITS:
+        # The language model learns on no text that the task is tested on.
+        assert {example.text for example in task.splits[split]} == {document.text for document in corpus[split]}
+        assert all(example.label == ("one" if int(example.text.split()[1]) % 3 else "two") for example in task.splits[split])
+    (tmp_path / "t/readme.txt").write_text("text")
+    with pytest.raises(Failure, match=r"t/readme\.txt: lies in no folder of a class; put it into one"):
+        load_task("t", {}, tmp_path, 0)
+
+
+def test_a_folder_of_texts_with_splits(tmp_path):
+    for split in SPLITS:
+        for label in "ab":
+            (tmp_path / "t" / split / label).mkdir(parents=True)
+            (tmp_path / "t" / split / label / "1.txt").write_text(f"{label} of {split}")
+    task = load_task("t", {}, tmp_path, 0)
+    assert {split: [(e.text, e.label) for e in task.splits[split]] for split in SPLITS} == {
+        split: [(f"{label} of {split}", label) for label in "ab"] for split in SPLITS
+    }
+    (tmp_path / "t/test/b").rename(tmp_path / "t/test/c")
+    with pytest.raises(Failure, match=r"t/test/c/1\.txt: label 'c' is in test but never in train"):
+        load_task("t", {}, tmp_path, 0)
+
+
 HEAD = "text,label,split\na,x,train\nb,y,train\nc,x,valid\n"
 
 
@@ -98,8 +131,8 @@ def test_names_and_corpora_that_do_not_fit(tmp_path):
         UsageError, match=r"data\.tasks has 'eras': neither era, sst2, .*, banking77 nor an existing path \(did you mean era\?\)"
     ):
         load_task("eras", {}, tmp_path, 0)
-    with pytest.raises(UsageError, match="documents without a year"):
-        load_task("era", {split: [Document("d", "text")] for split in SPLITS}, tmp_path, 100)
+    with pytest.raises(UsageError, match="documents with a year and without"):
+        load_task("era", {split: [Document("d", "text", 1800), Document("d", "text")] for split in SPLITS}, tmp_path, 100)
     for name, content in (
         ("t.txt", b"a b c"),
         ("t.json", b"[]"),
@@ -107,7 +140,7 @@ def test_names_and_corpora_that_do_not_fit(tmp_path):
         ("t.gz", gzip.compress(HEAD.encode())),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UsageError, match=rf"data\.tasks has '{name}': expected a file \.jsonl or \.csv \(or these with"):
+        with pytest.raises(UsageError, match=rf"data\.tasks has '{name}': expected a file \.jsonl, \.csv or \.tsv \(or"):
             load_task(name, {}, tmp_path, 0)
     (tmp_path / "t.tar.gz").write_bytes(b"no archive")
     with pytest.raises(Failure, match=r"t\.tar\.gz: truncated or damaged"):
