@@ -312,11 +312,12 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 @main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
-def ui(port: int) -> None:
+@click.option("--open", "in_browser", is_flag=True, help="Open the page in the browser.")
+def ui(port: int, in_browser: bool) -> None:
     from pipeline.tracking import serve
     from stages.paths import Paths
 
-    serve(Paths.here().root, port)
+    serve(Paths.here().root, port, _load(None, ()).tracking.experiment, in_browser)
 
 
 @main.group(help="What runs record in MLflow.")
