@@ -16,6 +16,7 @@ Workflow:
   dvc repro                         all stages for every method and seed of params.yaml
   vqmoe grid --jobs 4               the same, four methods or seeds at a time
   vqmoe compare                     the claims and the main table again, in the terminal
+  vqmoe compare accuracy --by method    some measures, a row per method (--csv, --json: for programs)
   vqmoe ui                          compare the runs in MLflow
   vqmoe route --text "..."          which expert reads what
   vqmoe generate --prompt "the"     text from a language model
@@ -180,13 +181,34 @@ def compute(file: Path | None, overrides: tuple[str, ...], method: str | None) -
     _execute("compute", _load(file, overrides, method))
 
 
-@main.command(help="Print the claims and the main table of the grid's runs, as the report has them; writes nothing.")
+@main.command(
+    help="Print the claims and the main table of the grid's runs, as in the report, or only MEASURES: parts of names, or globs."
+)
 @_with_params
-def compare(file: Path | None, overrides: tuple[str, ...]) -> None:
-    from stages.paths import SECTIONS, Paths
-    from stages.report import read, show
+@click.argument("measures", nargs=-1)
+@click.option("--method", "methods", multiple=True, help="One of the methods; repeatable. Default: grid.methods.")
+@click.option("--sort", metavar="MEASURE", help="Methods in the order of a measure, the lowest first.")
+@click.option("--by", type=click.Choice(["measure", "method"]), default="measure", show_default=True, help="What a row is.")
+@click.option("--csv", "form", flag_value="csv", help="As CSV: unrounded, with seeds and run ids.")
+@click.option("--json", "form", flag_value="json", help="The same as JSON.")
+def compare(
+    file: Path | None,
+    overrides: tuple[str, ...],
+    measures: tuple[str, ...],
+    methods: tuple[str, ...],
+    sort: str | None,
+    by: str,
+    form: str | None,
+) -> None:
+    import json
 
-    show(read(_load(file, overrides).select(SECTIONS["report"]), Paths.here()))
+    from stages.compare import compare as compare_runs
+    from stages.paths import SECTIONS, Paths
+    from stages.report import read
+
+    if methods:
+        overrides = (*overrides, f"grid.methods={json.dumps(methods)}")
+    compare_runs(read(_load(file, overrides).select(SECTIONS["report"]), Paths.here()), measures, sort, by, form)
 
 
 @main.command(help="All stages of one method in one process, in a folder of their own under runs/.")
@@ -402,11 +424,12 @@ def data_check(path: Path, as_json: bool) -> None:
 
 @main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
-def ui(port: int) -> None:
+@click.option("--open", "in_browser", is_flag=True, help="Open the page in the browser.")
+def ui(port: int, in_browser: bool) -> None:
     from pipeline.tracking import serve
     from stages.paths import Paths
 
-    serve(Paths.here().root, port)
+    serve(Paths.here().root, port, _load(None, ()).tracking.experiment, in_browser)
 
 
 @main.group(help="What runs record in MLflow.")

@@ -1,5 +1,6 @@
 """Run one stage: hand it the params it declares, record the run, write its small result."""
 
+import csv
 import fcntl
 import importlib
 import os
@@ -85,6 +86,9 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         ):
             metrics = body(chosen, paths, cell, *given) if cell else body(chosen, paths)
         run.log(_numbers(metrics) | _cost(started))
+        if stage == "robustness":
+            for step, values in _curves(paths.output(stage, cell) / "scores.csv"):
+                run.log(values, step)
         result = place | {"run_id": run.id, "metrics": metrics}
         if stage == "report":
             run.artifact(paths.report)
@@ -197,6 +201,28 @@ def _manifest(data: Any, paths: Paths, inputs: Iterable[Path]) -> dict[str, Any]
         if any(place.is_relative_to(given) for given in inputs) and not (place.exists() and digest(place) == sha256):
             raise Failure(f"{place}: not as `vqmoe prepare` left it; {remedy}")
     return {key: manifest.get(key) for key in ("corpus", "view", "tasks", "tokens", "examples") if key in manifest}
+
+
+def _curves(scores: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Each measure against severity in thousandths: mean over the kinds of noise or attack, in the mode of inference.
+
+    Methods differ in what their mode is called: a chart that has all of them needs one name.
+    """
+    from pipeline.evaluation.records import MEASURES
+
+    with open(scores, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    inference = {row["model"]: row["mode"] for row in rows}
+    points: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        family = "noise" if row["family"] == "clean" else row["family"]
+        if family in ("noise", "attack") and row["mode"] == inference[row["model"]]:
+            point = points.setdefault(round(1000 * float(row["rate"])), {})
+            for name in MEASURES:
+                if row[name]:
+                    point.setdefault(f"curve/{row['model']}/{family}/{name}", []).append(float(row[name]))
+    for step, point in points.items():
+        yield step, {key: sum(values) / len(values) for key, values in point.items()}
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

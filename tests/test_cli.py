@@ -1,5 +1,6 @@
 """The command line as a user meets it: whole runs of the tiny experiment, and every bad input as one line."""
 
+import csv
 import json
 import os
 import shutil
@@ -159,6 +160,13 @@ def test_train_runs_all_stages_in_a_folder_of_its_own_and_the_same_seed_gives_th
     assert finetune.data.tags["vqmoe.upstream.warmup"] in upstream
     assert finetune.inputs.dataset_inputs[0].dataset.source.endswith('outputs/data/tasks/toy"}')
     assert any(tag.startswith("md5.in.") and tag.endswith("task.csv") for tag in found["vqmoe/prepare"][0].data.tags)
+    # What a chart of all methods shows of the robustness: the mean over kinds, whatever the mode is called.
+    with open(workspace / "second/outputs/robustness/vqmoe-s3/scores.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["model"], row["mode"]) == ("language", "discrete")]
+    curve = client.get_metric_history(found["vqmoe/robustness"][0].info.run_id, "curve/language/noise/kappa")
+    assert [point.step for point in curve] == [0, 50, 200]
+    last = [float(row["kappa"]) for row in rows if (row["family"], row["rate"]) == ("noise", "0.2")]
+    assert len(last) > 3 and curve[-1].value == pytest.approx(sum(last) / len(last))
     tables = {artifact.path for artifact in client.list_artifacts(finetune.info.run_id)}
     assert {"confusion.csv", "classes.csv", "history.csv"} <= tables
 

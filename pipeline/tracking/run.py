@@ -170,6 +170,9 @@ def start(
     is one; without, such a run is closed as KILLED and a new one begins.
     """
     tags = lineage.source_tags(root) | {"vqmoe.stage": stage, "vqmoe.params_fingerprint": fingerprint(params)}
+    if "method" in params:
+        # MLflow colours a group of runs by what it is called: by this tag methods differ, by the param vqmoe and smoe do not.
+        tags["method"] = params["method"]
     described = {
         "experiment": f"{experiment}/{stage}",
         "name": name,

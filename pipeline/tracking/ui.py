@@ -1,25 +1,55 @@
 """The MLflow pages, served from this machine to this machine."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+import webbrowser
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import Failure, UsageError
 from pipeline.tracking import store
 from pipeline.tracking.run import terminable
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 # One worker and no job runner: starts in seconds and takes a sixth of the memory of the default server.
-SLIM = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+SLIM = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+
+# A saved view of the runs page is a tag of its experiment, and the page opens with it if its address says so.
+VIEW = "by-method"
+_TAG = f"mlflow.sharedViewState.{VIEW}"
+_COLUMNS = (
+    "attributes.`Dataset`",
+    "attributes.`Models`",
+    "params.`seed`",
+    *(f"metrics.`test/{name}`" for name in ("bpc", "perplexity", "accuracy", "macro_f1")),
+)
+_STATE = {
+    "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "method"}]},
+    "selectedColumns": _COLUMNS,
+}
+_SAVED = json.dumps({"name": "by method", "createdAt": 0, "state": json.dumps(_STATE)})
 
 
-def serve(root: Path, port: int) -> None:
-    """Run the server on 127.0.0.1 until interrupted. A server named by MLFLOW_TRACKING_URI is pointed to instead."""
+def serve(root: Path, port: int, experiment: str, in_browser: bool = False) -> None:
+    """Run the server on 127.0.0.1 until interrupted, and say where its pages are: those of the runs of `experiment`.
+
+    A server named by MLFLOW_TRACKING_URI is pointed to instead. `in_browser` opens the pages.
+    """
     uri = store.tracking_uri(root)
+    shown = store.without_credentials(uri)
     if uri.startswith("http"):
-        print(f"Runs are recorded by a server of their own; open {store.without_credentials(uri)}")
+        page = ""
+        with suppress(Exception):  # one that is out of reach has an address all the same
+            page = _page(store.connect(root), experiment)
+        print(f"Runs are recorded by a server of their own; open {shown.rstrip('/')}/{page}")
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -28,14 +58,24 @@ def serve(root: Path, port: int) -> None:
         except OSError:
             raise UsageError(f"port {port} is taken; name another with --port") from None
     try:
-        store.connect(root)
+        page = _page(store.connect(root), experiment)
     except OSError as error:
         raise Failure(f"{store.folder(root)}: cannot be used ({error.strerror}); it has to be a writable folder") from None
-    print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
+    except Exception as error:  # whatever a store raises
+        raise Failure(f"{shown}: runs cannot be read there ({store.reason(error)}); check MLFLOW_TRACKING_URI") from None
     # A session of its own, so that all of its processes can be stopped together.
     server = subprocess.Popen(command(root, port), env=os.environ | SLIM, start_new_session=True)
     try:
         with terminable():
+            while server.poll() is None and not _answers(port):
+                time.sleep(0.1)
+            if server.poll() is None:
+                address = f"http://127.0.0.1:{port}/{page}"
+                if not page:
+                    print(f"There are no runs of {experiment} yet: run `dvc repro` first")
+                print(f"MLflow: {address} (Ctrl-C stops it)", flush=True)
+                if in_browser:
+                    webbrowser.open(address)
             code = server.wait()
     except KeyboardInterrupt:
         return
@@ -46,10 +86,29 @@ def serve(root: Path, port: int) -> None:
     raise Failure(f"the MLflow server stopped with code {code}; its messages above say why")
 
 
+def _page(client: "MlflowClient", experiment: str) -> str:
+    """Where the runs of pre-training are shown, grouped by method; "" if there are none. All stages get that view."""
+    found = {one.name: one for one in client.search_experiments() if one.name.startswith(f"{experiment}/")}
+    for one in found.values():
+        if one.tags.get(_TAG) != _SAVED:
+            client.set_experiment_tag(one.experiment_id, _TAG, _SAVED)
+    first = found.get(f"{experiment}/pretrain")
+    if first is None or not client.search_runs([first.experiment_id], max_results=1):
+        return ""
+    return f"#/experiments/{first.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+
+
+def _answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 def command(root: Path, port: int) -> list[str]:
     """The MLflow server of the embedded store; SLIM has to be in its environment."""
     options = {
         "--backend-store-uri": store.tracking_uri(root),
+        "--registry-store-uri": store.tracking_uri(root),
         "--host": "127.0.0.1",
         "--port": str(port),
         "--default-artifact-root": (store.folder(root) / "artifacts").as_uri(),

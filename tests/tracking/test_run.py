@@ -10,6 +10,7 @@ import tempfile
 import pytest
 
 from pipeline import tracking
+from pipeline.files import digest
 from pipeline.tracking import run as run_module
 from pipeline.tracking import store
 from tests.conftest import REPOSITORY
@@ -19,7 +20,8 @@ from tests.tracking.conftest import DEAD, stored
 def test_a_run_holds_params_metrics_lineage_and_is_finished(root, begin):
     data = root / "train.npy"
     data.write_bytes(b"tokens")
-    with begin(inputs=[data]) as run:
+    params = {"model.width": 8, "seed": 0, "method": "vqmoe"}
+    with begin(inputs=[data], params=params) as run:
         for step in range(1, 2501):
             run.log({"train/bpc": 1 / step}, step)
         run.upstream({"prepare": "abc"})
@@ -28,13 +30,13 @@ def test_a_run_holds_params_metrics_lineage_and_is_finished(root, begin):
     found = stored(root, run.id)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "vqmoe-s0"
-    assert found.data.params == {"model.width": "8", "seed": "0"}
+    assert found.data.params == {"model.width": "8", "seed": "0", "method": "vqmoe"}
     history = store.connect(root).get_metric_history(run.id, "train/bpc")
     assert [point.step for point in history] == list(range(1, 2501))
     md5 = hashlib.md5(b"tokens").hexdigest()
     tags = found.data.tags
     assert (tags["md5.in.train.npy"], tags["md5.out.train.npy"]) == (md5, md5)
-    assert tags["vqmoe.upstream.prepare"] == "abc"
+    assert (tags["vqmoe.upstream.prepare"], tags["method"]) == ("abc", "vqmoe")
     assert len(tags["vqmoe.params_fingerprint"]) == 64
     assert tags["vqmoe.version.torch"]
     (given,) = found.inputs.dataset_inputs
@@ -60,11 +62,17 @@ def test_the_model_is_a_logged_model_without_pickles(root, begin):
     for name in ("model.safetensors", "model.json"):
         (folder / name).write_text(name)
     with begin() as run:
-        run.model(folder, "pretrain-vqmoe-s0", {"test/bpc": 1.5})
+        for name, context in (("model.json", "training"), ("model.safetensors", "test")):
+            run.dataset("sotu", folder / name, context, {})
+        run.model(folder, "pretrain-vqmoe-s0", {"test/bpc": 1.5, "steps": 8.0})
     client = store.connect(root)
     (model,) = client.search_logged_models([stored(root, run.id).info.experiment_id])
     assert (model.name, str(model.status), model.source_run_id) == ("pretrain-vqmoe-s0", "READY", run.id)
-    assert {(metric.key, metric.value) for metric in model.metrics} == {("test/bpc", 1.5)}
+    assert model.params == stored(root, run.id).data.params
+    # A score is that of the test data.
+    test = digest(folder / "model.safetensors")[:32]
+    found = {(metric.key, metric.value, metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+    assert found == {("test/bpc", 1.5, "sotu", test), ("steps", 8.0, None, None)}
     files = {path.name for path in (root / ".mlflow/artifacts").rglob("*") if path.is_file()}
     assert {"model.safetensors", "model.json"} <= files
     assert not [name for name in files if name.endswith((".pkl", ".pth", ".pickle"))]

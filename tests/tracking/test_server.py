@@ -255,3 +255,15 @@ def test_credentials_reach_neither_store_nor_artifacts(tmp_path, mlflow_server, 
     assert told(client, run.id)["artifacts"] == ["changes.diff", "table.csv"]
     assert _found_in(mlflow_server.root, tmp_path / ".mlflow") == []
     assert not [secret for secret in SECRETS if secret in capsys.readouterr().err]
+
+
+def test_the_pages_of_a_server_are_those_of_the_runs(tmp_path, mlflow_server, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{mlflow_server.address}/")
+    tracking.serve(tmp_path, 1, "shown")
+    with tracking.start(tmp_path, key="k", resumed=False, experiment="shown", stage="pretrain", name="n", params={}):
+        pass
+    tracking.serve(tmp_path, 1, "shown")
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Runs are recorded"))
+    assert first.endswith(f"open {mlflow_server.address}/")
+    found = store.connect(tmp_path).get_experiment_by_name("shown/pretrain").experiment_id
+    assert f"open {mlflow_server.address}/#/experiments/{found}/runs?" in second
