@@ -84,7 +84,7 @@ def _presets() -> dict[str, Path]:
     from stages.paths import Paths
 
     folder = Paths.here().root / "presets"
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return dict(sorted((path.relative_to(folder).with_suffix("").as_posix(), path) for path in folder.rglob("*.yaml")))
 
 
 def _known_presets(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
