@@ -116,7 +116,7 @@ def _folder(found: Findings, path: Path, root: Path) -> None:
             found.warn(f"{linked} is a link to a folder: texts there are not read; put the folder itself there")
         _texts(found, path, root)
     elif records:
-        raise Failure(f"{path}: a folder of records ({', '.join(sorted(records))}); name one file that has all, and their split")
+        raise Failure(f"{path}: a folder of records ({', '.join(sorted(records))}); put all into one file, with a field split")
     else:
         there = ", ".join(sorted(suffix or "files without a suffix" for suffix in suffixes)) or "nothing"
         raise Failure(f"{path}: holds {there}; a folder needs texts (.txt), or a folder of images for each class")

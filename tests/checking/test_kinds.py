@@ -88,7 +88,7 @@ def test_folders_that_are_no_data(root):
     (root / "data/mine/a.md").write_text("text")
     assert "holds .md; a folder needs" in problem()
     (root / "data/mine/train.jsonl").write_text("{}")
-    assert "a folder of records (.jsonl); name one file that has all, and their split" in problem()
+    assert "a folder of records (.jsonl); put all into one file, with a field split" in problem()
     for i in range(5):
         (root / f"data/mine/{i}.txt").write_text("text")
         (root / f"data/mine/{i}.png").write_bytes(b"")
