@@ -2,7 +2,7 @@ PYTHON ?= python3
 JOBS = 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro setup test lint
+.PHONY: repro setup test lint docs
 
 repro: setup  ## set up, then run the whole pipeline, JOBS cells of the grid at a time
 	$(if $(filter 1,$(JOBS)),dvc repro,vqmoe grid --jobs $(JOBS))
@@ -22,3 +22,6 @@ test: lint  ## all tests
 lint: setup
 	ruff check .
 	lint-imports
+
+docs: setup  ## the site, in docs/_build; warnings are errors
+	sphinx-build --quiet --fail-on-warning --keep-going --conf-dir docs . docs/_build

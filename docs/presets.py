@@ -42,8 +42,9 @@ vqmoe preset paper/enwik8-transformer-xl > params.yaml && dvc repro
 vqmoe train --params presets/tiny.yaml --method smoe     # or one method, in a folder of its own
 ```
 
-`tiny` shows in a minute and a half that everything works. `evidence/text` compares all methods on the embedded corpus with two
-seeds, `evidence/robustness` puts the paper's five methods and dense under noise with three seeds and three tasks;
+`tiny` shows in a minute and a half that everything works, `toy` in seconds that a change of yours runs, as
+[how-to](how-to/README.md) has it. `evidence/text` compares all methods on the embedded corpus with two seeds,
+`evidence/robustness` puts the paper's five methods and dense under noise with three seeds and three tasks;
 [EXPERIMENTS.md](EXPERIMENTS.md) has what came out. `paper/<corpus>-<model>` are the published settings of
 [arXiv 2411.19402](https://arxiv.org/abs/2411.19402): 4 layers of width 256 with 8 heads of 64, 16 experts of 512 and 16 codes,
 post-norm, dropout 0.1; Adam with beta2 0.999 from 3.5e-4 by a cosine to 0, no ramp, gradients clipped at 0.25, 100,000 steps of
@@ -68,9 +69,9 @@ in bits per character, words in perplexity. `-large` is twice as deep and wide; 
 ## Parameters
 
 In millions. Frozen random weights (`smoe_dropout`, `hyperrouter`) are none. `ids` are the entries of the vocabulary and one for
-padding; WikiText-103 has 267,735 entries, <eos> among them, which is known without the data. `stablemoe` has an embedding of all
-ids in every layer. The last column is what the scores of one token cost, on top of the tables below; in an adaptive softmax, a
-rare word costs more than a frequent one.
+padding; WikiText-103 has 267,735 entries, `<eos>` among them, which is known without the data. `stablemoe` has an embedding of
+all ids in every layer. The last column is what the scores of one token cost, on top of the tables below; in an adaptive softmax,
+a rare word costs more than a frequent one.
 
 {sizes}
 ## Work per token

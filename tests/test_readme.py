@@ -2,16 +2,12 @@
 
 import re
 import subprocess
-import types
 
-import torch
 from click.testing import CliRunner
 
 import cli
 from pipeline.data.corpora import load_corpus
 from pipeline.data.tasks import load_task, write_task
-from pipeline.moe import layer
-from pipeline.moe.routers.base import Sizes
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -46,7 +42,7 @@ def test_the_tree_names_every_file_and_no_other():
 
 
 def test_the_models_of_the_example_are_used(served):
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     for folder, kind in (("outputs/pretrain/vqmoe-s0", "language-model"), ("outputs/finetune/vqmoe-s0/era", "classifier")):
         assert code.count(folder) == 1
         code = code.replace(folder, str(served(kind)))
@@ -68,19 +64,3 @@ def test_the_example_of_own_data_prints_that(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli.main, command.split()[1:])
     assert (done.exit_code, done.stdout) == (0, output)
-
-
-def test_the_router_of_the_example_works(monkeypatch):
-    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(code.splitlines()) <= 40
-    module = types.ModuleType("switch")
-    exec(code, module.__dict__)
-    monkeypatch.setitem(layer.ROUTERS, "switch", module.Switch)
-    torch.manual_seed(0)
-    settings = module.Switch.Settings(balance=0.01)
-    settings.check(4)
-    made = layer.build_layer("switch", settings, Sizes(width=8, experts=4, hidden=12, vocabulary=7, dropout=0.0))
-    output = made(torch.randn(20, 8), "router")
-    assert output.y_ND.shape == (20, 8)
-    output.y_ND.square().sum().backward()
-    assert made.router.scores.weight.grad.abs().max() > 0

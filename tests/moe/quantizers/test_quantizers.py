@@ -238,7 +238,7 @@ def test_what_decides_the_assignment(name, seeded):
 
 
 def test_an_unknown_quantizer_and_a_grid_of_one_code():
-    with pytest.raises(ValueError, match="'nearest', 'task', 'ema', 'cosine', 'low_dim' or 'fsq'"):
+    with pytest.raises(ValueError, match="'nearest', 'task', 'ema', 'cosine', 'low_dim'"):
         SETTINGS["vqmoe"](**(VQ | {"quantizer": "nearst"}))
     with pytest.raises(ValueError, match="codes is 1: at least 2"):
         SETTINGS["vqmoe"](**(VQ | {"quantizer": "fsq", "codes": 1})).check(1)
