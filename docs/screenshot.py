@@ -1,57 +1,87 @@
-"""Take the picture of the MLflow page in the README from the recorded runs.
+"""Take the pictures of pages that README.md and docs/ show, from the runs that are recorded here and the report.
 
-Needs the package playwright and a Chromium; run from the repository: python docs/screenshot.py /usr/bin/chromium
+Needs a Chromium. Run from the repository, after `dvc repro`: python docs/screenshot.py
 """
 
+import shutil
 import socket
 import subprocess
-import sys
-import time
-import urllib.request
+import tempfile
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
 
 from pipeline.tracking import store
 
-OUT = Path(__file__).parent / "images" / "mlflow.png"
+OUT = Path(__file__).parent / "images"
+# A visitor who was here before: the assistant stays closed, and experiments are of models that are trained.
+VISITED = """
+localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+localStorage.setItem("mlflow.workflowType_v1", JSON.stringify("machine_learning"));
+"""
+PLAIN = "[data-assistant-ui] { display: none }"
 
 
-def main(chromium: str) -> None:
+def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = Path.cwd()
-    client = store.connect(root)
-    experiment = client.get_experiment_by_name("vqmoe/pretrain").experiment_id
-    server = subprocess.Popen(["vqmoe", "ui", "--port", str(port)], stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
+    names = {one.name: one.experiment_id for one in store.connect(Path.cwd()).search_experiments()}
+    command = ["vqmoe", "ui", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(address, timeout=5).read()
-                break
-            except OSError:
-                time.sleep(0.5)
+        runs = next(line for line in server.stdout if line.startswith("MLflow: ")).split()[1]
+        robustness = runs.replace(f"/{names['vqmoe/pretrain']}/", f"/{names['vqmoe/robustness']}/")
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=chromium,
-                args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
-            )
-            page = browser.new_page(viewport={"width": 1300, "height": 1150})
-            page.goto(f"{address}/#/experiments/{experiment}/runs")
-            page.get_by_text("Model training", exact=True).click(timeout=60_000)
-            page.goto(f"{address}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
-            page.get_by_placeholder("Search metric charts").fill("bpc", timeout=60_000)
-            if page.get_by_role("button", name="Close", exact=True).count():  # the assistant's panel
-                page.get_by_role("button", name="Close", exact=True).click()
-            page.wait_for_timeout(8_000)
-            page.screenshot(path=str(OUT))
+            chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page()
+            page.add_init_script(VISITED)
+            _open(page, runs, 400)
+            page.get_by_text("pretrain-vqmoe-s0").wait_for()
+            _save(page, "mlflow-runs")
+            _charts(page, runs, "(train|valid)/(bpc|loss|balance|load_imbalance|margin)$")
+            _save(page, "mlflow-charts")
+            _charts(page, robustness, "curve/.*/noise/(score|kappa|degradation)")
+            _save(page, "mlflow-robustness")
+            _open(page, runs.replace("/runs?", "/models?"), 900)
+            page.get_by_text("pretrain-vqmoe-s0").first.click()
+            page.get_by_text("About this logged model").wait_for()
+            _save(page, "mlflow-model")
+            _open(page, (Path.cwd() / "report/index.html").as_uri() + "#claims", 1000)
+            page.evaluate("scrollBy(0, -20)")
+            _save(page, "report")
             browser.close()
     finally:
         server.terminate()
         server.wait()
 
 
+def _charts(page: Page, address: str, search: str) -> None:
+    _open(page, f"{address}&compareRunsMode=CHART", 1120)
+    page.get_by_placeholder("Search metric charts").fill(search)
+
+
+def _open(page: Page, address: str, height: int) -> None:
+    page.set_viewport_size({"width": 1480, "height": height})
+    # Of an address that differs after # alone, a page keeps what it shows.
+    page.goto("about:blank")
+    page.goto(address)
+
+
+def _save(page: Page, name: str) -> None:
+    page.wait_for_timeout(6_000)  # charts draw themselves
+    for label in ("Toggle sidebar", "Hide banner"):
+        if page.get_by_label(label).count():
+            page.get_by_label(label).click()
+    page.wait_for_timeout(2_000)
+    with tempfile.TemporaryDirectory() as folder:
+        page.screenshot(path=f"{folder}/page.png", style=PLAIN)
+        with Image.open(f"{folder}/page.png") as picture:
+            picture.convert("RGB").quantize().save(OUT / f"{name}.png", optimize=True)
+    print(OUT / f"{name}.png", (OUT / f"{name}.png").stat().st_size)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -85,10 +85,14 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
             together(chosen.machine) if stage in TRAINING else nullcontext(),
         ):
             metrics = body(chosen, paths, cell, *given) if cell else body(chosen, paths)
-        run.log(_numbers(metrics) | _cost(started))
+        numbers, step = _numbers(metrics), metrics.get("best_step", 0)
+        valid = {key: value for key, value in numbers.items() if key.startswith("valid/")}
+        # Points of a curve, which has them already; at step 0 they would be one more.
+        run.log(valid, step)
+        run.log({key: value for key, value in numbers.items() if key not in valid} | _cost(started))
         if stage == "robustness":
-            for step, values in _curves(paths.output(stage, cell) / "scores.csv"):
-                run.log(values, step)
+            for severity, values in _curves(paths.output(stage, cell) / "scores.csv"):
+                run.log(values, severity)
         result = place | {"run_id": run.id, "metrics": metrics}
         if stage == "report":
             run.artifact(paths.report)
@@ -98,7 +102,7 @@ def execute(stage: str, params: Params, paths: Paths, cell: Cell | None = None) 
         for table in sorted(paths.output(stage, cell).glob("*.csv")) if cell else ():
             run.artifact(table)
         if cell and (paths.output(stage, cell) / "model.safetensors").exists():
-            run.model(paths.output(stage, cell), name=f"{stage}-{name}", metrics=_numbers(metrics))
+            run.model(paths.output(stage, cell), f"{stage}-{name}", numbers, step)
     return result
 
 
@@ -221,8 +225,8 @@ def _curves(scores: Path) -> Iterator[tuple[int, dict[str, float]]]:
             for name in MEASURES:
                 if row[name]:
                     point.setdefault(f"curve/{row['model']}/{family}/{name}", []).append(float(row[name]))
-    for step, point in points.items():
-        yield step, {key: sum(values) / len(values) for key, values in point.items()}
+    for severity, point in points.items():
+        yield severity, {key: sum(values) / len(values) for key, values in point.items()}
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -83,9 +83,9 @@ class Run:
         """Store a text with the run, as the file `name`."""
         self._append("text", text=store.without_credentials(text), name=name)
 
-    def model(self, folder: Path, name: str, metrics: Mapping[str, float]) -> None:
-        """Record a model folder (safetensors, JSON) as a logged model, its metrics linked to it."""
-        self._append("model", folder, name=name, metrics={key: float(value) for key, value in metrics.items()})
+    def model(self, folder: Path, name: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Record a model folder (safetensors, JSON) as a logged model, its metrics linked: points at `step`, or the run's."""
+        self._append("model", folder, name=name, metrics={key: float(value) for key, value in metrics.items()}, step=int(step))
 
     def outputs(self, paths: Iterable[Path]) -> None:
         """Tag the md5 of output files."""

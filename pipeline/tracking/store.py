@@ -222,8 +222,6 @@ class Sender:
             key: {point.step: point.timestamp for point in self._client.get_metric_history(self._run_id, key)}
             for key in run.data.metrics
         }
-        # By what they are for.
-        self._datasets = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
 
     def _mark(self, offset: int) -> None:
         if database_file(self._root) != self._file:
@@ -311,7 +309,6 @@ class Sender:
 
         given = DatasetInput(dataset=Dataset(source_type="local", **dataset), tags=[InputTag("mlflow.data.context", context)])
         self._client.log_inputs(self._run_id, datasets=[given])
-        self._datasets[context] = given.dataset
 
     def _artifact(self, *, time: int, kept: str) -> None:
         if path := self._kept(kept):
@@ -320,7 +317,7 @@ class Sender:
     def _text(self, *, time: int, text: str, name: str) -> None:
         self._client.log_text(self._run_id, text, name)
 
-    def _model(self, *, time: int, kept: str, name: str, metrics: dict[str, float]) -> None:
+    def _model(self, *, time: int, kept: str, name: str, metrics: dict[str, float], step: int = 0) -> None:
         from mlflow.entities import LoggedModelOutput, Metric
 
         found = self._client.search_logged_models(
@@ -336,27 +333,25 @@ class Sender:
                 name=name,
                 source_run_id=self._run_id,
                 model_type="vqmoe",
-                params=self._client.get_run(self._run_id).data.params,
+                params=run.data.params,
             )
             pyfunc.describe(folder, model.model_id, run.data.tags)
             self._client.log_model_artifacts(model.model_id, str(folder))
             self._client.finalize_logged_model(model.model_id, "READY")
         if run.outputs is None or model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
-            self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=0)])
+            self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step)])
         # A metric of the run that is linked has to be the same point, or it would stand there twice.
-        linked = []
+        data, linked = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}, []
         for key, value in metrics.items():
             if math.isfinite(value):
-                logged = self._steps.setdefault(key, {}).setdefault(0, time)
-                given = {"model_id": model.model_id, "run_id": self._run_id} | self._scored_on(key)
-                linked.append(Metric(key, value, logged, 0, **given))
+                steps = self._steps.setdefault(key, {})
+                at = step if step in steps else 0
+                given = {"model_id": model.model_id, "run_id": self._run_id}
+                # The data that the run has for what the name begins with, or the only ones there are.
+                if scored_on := data.get(key.partition("/")[0]) or (next(iter(data.values())) if len(data) == 1 else None):
+                    given |= {"dataset_name": scored_on.name, "dataset_digest": scored_on.digest}
+                linked.append(Metric(key, value, steps.setdefault(at, time), at, **given))
         self._log(linked)
-
-    def _scored_on(self, key: str) -> dict[str, str]:
-        """The data of a metric: those that the run has for what its name begins with, or the only ones there are."""
-        only = [*self._datasets.values()] if len(self._datasets) == 1 else [None]
-        data = self._datasets.get(key.partition("/")[0], only[0])
-        return {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
 
     def _end(self, *, time: int, status: str, superseded: bool = False) -> None:
         self._client.set_terminated(self._run_id, status, end_time=time)

@@ -48,8 +48,11 @@ def serve(root: Path, port: int, experiment: str, in_browser: bool = False) -> N
     if uri.startswith("http"):
         page = ""
         with suppress(Exception):  # one that is out of reach has an address all the same
-            page = _page(store.connect(root), experiment)
-        print(f"Runs are recorded by a server of their own; open {shown.rstrip('/')}/{page}")
+            page = _runs(store.connect(root), experiment)
+        address = f"{shown.rstrip('/')}/{page}"
+        print(f"Runs are recorded by a server of their own; open {address}")
+        if in_browser:
+            webbrowser.open(address)
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,7 +61,9 @@ def serve(root: Path, port: int, experiment: str, in_browser: bool = False) -> N
         except OSError:
             raise UsageError(f"port {port} is taken; name another with --port") from None
     try:
-        page = _page(store.connect(root), experiment)
+        client = store.connect(root)
+        _save_view(client, experiment)
+        page = _runs(client, experiment)
     except OSError as error:
         raise Failure(f"{store.folder(root)}: cannot be used ({error.strerror}); it has to be a writable folder") from None
     except Exception as error:  # whatever a store raises
@@ -70,7 +75,7 @@ def serve(root: Path, port: int, experiment: str, in_browser: bool = False) -> N
             while server.poll() is None and not _answers(port):
                 time.sleep(0.1)
             if server.poll() is None:
-                address = f"http://127.0.0.1:{port}/{page}"
+                address = f"http://127.0.0.1:{port}/{page and f'{page}&viewStateShareKey={VIEW}'}"
                 if not page:
                     print(f"There are no runs of {experiment} yet: run `dvc repro` first")
                 print(f"MLflow: {address} (Ctrl-C stops it)", flush=True)
@@ -86,16 +91,19 @@ def serve(root: Path, port: int, experiment: str, in_browser: bool = False) -> N
     raise Failure(f"the MLflow server stopped with code {code}; its messages above say why")
 
 
-def _page(client: "MlflowClient", experiment: str) -> str:
-    """Where the runs of pre-training are shown, grouped by method; "" if there are none. All stages get that view."""
-    found = {one.name: one for one in client.search_experiments() if one.name.startswith(f"{experiment}/")}
-    for one in found.values():
-        if one.tags.get(_TAG) != _SAVED:
-            client.set_experiment_tag(one.experiment_id, _TAG, _SAVED)
-    first = found.get(f"{experiment}/pretrain")
+def _save_view(client: "MlflowClient", experiment: str) -> None:
+    """Let the pages of all stages have the view. A server of another version need not know it, and is spared."""
+    for stage in client.search_experiments():
+        if stage.name.startswith(f"{experiment}/") and stage.tags.get(_TAG) != _SAVED:
+            client.set_experiment_tag(stage.experiment_id, _TAG, _SAVED)
+
+
+def _runs(client: "MlflowClient", experiment: str) -> str:
+    """Where in the pages the runs of pre-training are, or "" if there are none."""
+    first = client.get_experiment_by_name(f"{experiment}/pretrain")
     if first is None or not client.search_runs([first.experiment_id], max_results=1):
         return ""
-    return f"#/experiments/{first.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return f"#/experiments/{first.experiment_id}/runs?workflowType=machine_learning"
 
 
 def _answers(port: int) -> bool:

@@ -106,12 +106,20 @@ def visible(page, *texts):
 
 
 def charts(page, address, search):
-    """The traces of each chart whose metric matches `search`."""
+    """The traces of the two charts whose metrics match `search`, once they are drawn."""
     page.goto(address)
     page.get_by_placeholder("Search metric charts").fill(search)
-    drawn = "charts => charts.length && charts.every(chart => chart.data && chart.data.length)"
-    page.wait_for_function(f"({drawn})([...document.querySelectorAll('.js-plotly-plot')])")
+    drawn = "chart => chart.data && chart.data.length && chart.data.every(trace => trace.x && trace.x.length)"
+    page.wait_for_function(f"""() => {{
+        const charts = [...document.querySelectorAll(".js-plotly-plot")];
+        return charts.length === 2 && charts.every({drawn});
+    }}""")
     return page.locator(".js-plotly-plot").evaluate_all("charts => charts.map(chart => JSON.parse(JSON.stringify(chart.data)))")
+
+
+def lines(chart):
+    """Its curves, without the bands around them."""
+    return [trace for trace in chart if trace.get("mode") == "lines+markers"]
 
 
 def result(root, place):
@@ -125,10 +133,10 @@ def test_the_address_shows_the_runs_of_pre_training_grouped_by_method(page, page
         score = result(recorded, f"pretrain/{method}-s0")["metrics"]["test"]["bpc"]
         visible(page, re.compile(re.escape(f"{score:.9g}"[:7])))
     assert pages.opened.read_text().strip() == pages.address
-    # As bars, each method has its colour.
-    (chart,) = charts(page, f"{pages.address}&compareRunsMode=CHART", "test/bpc$")
-    (bars,) = chart
-    assert len(set(bars["marker"]["color"])) == 2
+    # Each method has its colour, and its curve the steps of validation alone.
+    final, curves = charts(page, f"{pages.address}&compareRunsMode=CHART", "(test|valid)/bpc$")
+    assert len(set(final[0]["marker"]["color"])) == 2
+    assert [line["x"] for line in lines(curves)] == [[6, 12]] * 2
 
 
 def test_a_chart_has_the_robustness_of_all_methods_against_severity(page, pages, recorded):
@@ -137,10 +145,9 @@ def test_a_chart_has_the_robustness_of_all_methods_against_severity(page, pages,
     for model, chart in zip(("language", "toy"), drawn, strict=True):
         key = f"curve/{model}/noise/score"
         visible(page, f"vqmoe ({key})", f"smoe ({key})")
-        lines = [trace for trace in chart if trace.get("mode") == "lines+markers"]
         # Without noise, and at each severity.
-        assert [line["x"] for line in lines] == [[0, *(round(1000 * rate) for rate in RATES)]] * 2
-        for line, method in zip(lines, ("smoe", "vqmoe"), strict=True):
+        assert [line["x"] for line in lines(chart)] == [[0, *(round(1000 * rate) for rate in RATES)]] * 2
+        for line, method in zip(lines(chart), ("smoe", "vqmoe"), strict=True):
             found = result(recorded, f"robustness/{method}-s0")["metrics"][model]
             (*_, inference) = found.values()
             clean, *noisy = line["y"]

@@ -14,7 +14,7 @@ from pipeline.files import digest
 from pipeline.tracking import run as run_module
 from pipeline.tracking import store
 from tests.conftest import REPOSITORY
-from tests.tracking.conftest import DEAD, stored
+from tests.tracking.conftest import DEAD, steps, stored
 
 
 def test_a_run_holds_params_metrics_lineage_and_is_finished(root, begin):
@@ -64,15 +64,19 @@ def test_the_model_is_a_logged_model_without_pickles(root, begin):
     with begin() as run:
         for name, context in (("model.json", "training"), ("model.safetensors", "test")):
             run.dataset("sotu", folder / name, context, {})
-        run.model(folder, "pretrain-vqmoe-s0", {"test/bpc": 1.5, "steps": 8.0})
+        for step, score in ((4, 3.0), (8, 2.0), (12, 2.5)):
+            run.log({"valid/bpc": score}, step)
+        run.model(folder, "pretrain-vqmoe-s0", {"test/bpc": 1.5, "valid/bpc": 2.0}, step=8)
     client = store.connect(root)
     (model,) = client.search_logged_models([stored(root, run.id).info.experiment_id])
     assert (model.name, str(model.status), model.source_run_id) == ("pretrain-vqmoe-s0", "READY", run.id)
     assert model.params == stored(root, run.id).data.params
     # A score is that of the test data.
     test = digest(folder / "model.safetensors")[:32]
-    found = {(metric.key, metric.value, metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
-    assert found == {("test/bpc", 1.5, "sotu", test), ("steps", 8.0, None, None)}
+    found = {(metric.key, metric.value, metric.step, metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+    assert found == {("test/bpc", 1.5, 0, "sotu", test), ("valid/bpc", 2.0, 8, None, None)}
+    # The point of the curve, and no other.
+    assert steps(client, run.id, "valid/bpc") == [4, 8, 12]
     files = {path.name for path in (root / ".mlflow/artifacts").rglob("*") if path.is_file()}
     assert {"model.safetensors", "model.json"} <= files
     assert not [name for name in files if name.endswith((".pkl", ".pth", ".pickle"))]
