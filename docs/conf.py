@@ -52,7 +52,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!(pipeline|stages)\b).*")]
 html_theme, html_title = "furo", f"vqmoe {release}"
 html_math_renderer = "mathml"
 html_static_path = html_css_files = ["site.css"]
-html_copy_source = False
+html_copy_source = html_show_copyright = False
 highlight_language = "text"
 myst_heading_anchors = 3
 myst_disable_syntax = ["html_block", "html_inline"]
@@ -95,7 +95,8 @@ def reference(app: Sphinx) -> None:
     folder = ROOT / "docs/api"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    (folder / "cli.md").write_text("# Command line\n\n" + "\n".join(helps(cli.main, Context(cli.main, info_name="vqmoe"))))
+    context = Context(cli.main, info_name="vqmoe", terminal_width=110, **cli.main.context_settings)
+    (folder / "cli.md").write_text("# Command line\n\n" + "\n".join(helps(cli.main, context)))
     for package in PACKAGES:
         place = ROOT / package.replace(".", "/")
         own = sorted(place.glob("*.py") if package == "pipeline" else place.rglob("*.py"))
