@@ -32,7 +32,7 @@ import pipeline  # noqa: E402
 HOW_TO = ("router", "quantizer", "corpus", "corruption", "stage")
 PACKAGES = ["pipeline", *(found.name for found in pkgutil.iter_modules(pipeline.__path__, "pipeline.") if found.ispkg), "stages"]
 CONTENTS = {
-    "Use": ["docs/presets", "docs/parallel", "docs/RELIABILITY", "data/README"],
+    "Use": ["docs/presets", "docs/runs", "docs/parallel", "docs/RELIABILITY", "data/README"],
     "Understand": ["docs/method", "docs/architecture", "docs/EXPERIMENTS", "docs/comparison", "docs/PERFORMANCE"],
     "Extend": ["docs/how-to/README", *(f"docs/how-to/{name}" for name in HOW_TO), "CONTRIBUTING"],
     "Reference": ["docs/api/cli", *(f"docs/api/{package}" for package in PACKAGES)],
