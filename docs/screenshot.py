@@ -3,6 +3,8 @@
 Needs a Chromium. Run from the repository, after `dvc repro`: python docs/screenshot.py
 """
 
+import json
+import lzma
 import shutil
 import socket
 import subprocess
@@ -37,9 +39,10 @@ def main() -> None:
             chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page()
+            page.set_default_timeout(120_000)
             page.add_init_script(VISITED)
             _open(page, runs, 400)
-            page.get_by_text("pretrain-vqmoe-s0").wait_for()
+            page.get_by_text("vqmoe-s0", exact=True).wait_for()
             _save(page, "mlflow-runs")
             _charts(page, runs, "(train|valid)/(bpc|loss|balance|load_imbalance|margin)$")
             _save(page, "mlflow-charts")
@@ -52,6 +55,8 @@ def main() -> None:
             _open(page, (Path.cwd() / "report/index.html").as_uri() + "#claims", 1000)
             page.evaluate("scrollBy(0, -20)")
             _save(page, "report")
+            with tempfile.TemporaryDirectory() as folder:
+                _routing(page, Path(folder))
             browser.close()
     finally:
         server.terminate()
@@ -61,6 +66,16 @@ def main() -> None:
 def _charts(page: Page, address: str, search: str) -> None:
     _open(page, f"{address}&compareRunsMode=CHART", 1120)
     page.get_by_placeholder("Search metric charts").fill(search)
+
+
+def _routing(page: Page, folder: Path) -> None:
+    with lzma.open("data/sotu.jsonl.xz", "rt", encoding="utf-8") as file:
+        (folder / "speech.txt").write_text(json.loads(file.readline())["text"][:3000], encoding="utf-8")
+    subprocess.run(["vqmoe", "route", folder / "speech.txt", "--noise", "swap", "--html", folder / "page.html"], check=True)
+    _open(page, (folder / "page.html").as_uri(), 900)
+    page.get_by_label("Block").select_option("1")
+    page.locator("#clean span").nth(140).hover()
+    _save(page, "routing")
 
 
 def _open(page: Page, address: str, height: int) -> None:

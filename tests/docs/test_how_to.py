@@ -25,7 +25,7 @@ BLOCK = re.compile(r"(?:^`([^`\n]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.M | re.S)
 @pytest.fixture
 def copy(tmp_path):
     for name in git(REPOSITORY, "ls-files", "-co", "--exclude-standard").splitlines():
-        if (REPOSITORY / name).exists():
+        if (REPOSITORY / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, tmp_path / name)
     git(tmp_path, "init")
