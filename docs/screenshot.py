@@ -1,6 +1,6 @@
 """Take the pictures of pages that README.md and docs/ show, from the runs that are recorded here and the report.
 
-Needs a Chromium. Run from the repository, after `dvc repro`: python docs/screenshot.py
+Needs a Chromium. Run from the repository, after `dvc repro` and `vqmoe register`: python docs/screenshot.py
 """
 
 import json
