@@ -14,6 +14,7 @@ from pipeline import serving
 from pipeline.config import Params
 from pipeline.data.batches import evenly, open_tokens
 from pipeline.data.corpora import read_text
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.files import output_file
 from pipeline.serving.routing import (
@@ -47,21 +48,21 @@ def route(
     as_json: bool,
 ) -> None:
     """Print how each model, given by its name and folder, routes a text, or the text or image of a file; or write a page."""
-    opened = [(name, folder, serving.load(folder)) for name, folder in models]
-    images = {isinstance(model, serving.ImageClassifier) for _, _, model in opened}
+    opened = [(name, serving.load(folder)) for name, folder in models]
+    images = {isinstance(model, serving.ImageClassifier) for _, model in opened}
     if len(images) > 1:
         raise UsageError("some of the models read texts and some images; name models of one kind")
     if images == {True}:
         if file is None or noise is not None:
             raise UsageError("models of images; name an image file, without --text and --noise")
-        shown = [_image(name, model, file) for name, _, model in opened]
+        shown = [_image(name, model, file) for name, model in opened]
     else:
         text = read_text(file) if text is None else text
         if len(text) > CHARACTERS:
             raise UsageError(f"a text of {len(text):,} characters: at most {CHARACTERS:,} can be shown; cut it")
-        shown = [_text(name, folder, model, text, noise, paths, html is not None) for name, folder, model in opened]
+        shown = [_text(name, model, text, noise, paths, html is not None) for name, model in opened]
     if html is not None:
-        first = opened[0][2]
+        first = opened[0][1]
         picture = (_png(file), first.model.grid) if images == {True} else (None, None)
         said = "" if noise is None else f"{noise.kind} {100 * noise.rate:g} %, seed {noise.seed}"
         with output_file(html) as path:
@@ -72,7 +73,7 @@ def route(
             print(json.dumps(plain(one), ensure_ascii=False))
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for (_, _, model), one in zip(opened, shown, strict=True):
+        for (_, model), one in zip(opened, shown, strict=True):
             _print(console, one, by, model.model.grid if images == {True} else None)
 
 
@@ -82,11 +83,13 @@ def default_models(params: Params, paths: Paths) -> list[tuple[str, Path]]:
     return [(cell.name, paths.output("pretrain", cell)) for cell in cells]
 
 
-def _text(name: str, folder: Path, model: Any, text: str, noise: Noise | None, paths: Paths, for_page: bool) -> Shown:
+def _text(name: str, model: Any, text: str, noise: Noise | None, paths: Paths, for_page: bool) -> Shown:
     clean = route_text(model, text)
     noised = None if noise is None else route_text(model, text, noise)
     backbone = backbone_of(model)
-    stands_for = contexts(route_ids(model, _seen(model, paths, backbone.context, clean))) if for_page else []
+    stands_for = []
+    if for_page:
+        stands_for = contexts(route_ids(model, _seen(model, paths, backbone.context, clean)), backbone.context)
     return Shown(name, model.spec, backbone.expert_blocks, clean, noised, stands_for)
 
 
@@ -94,8 +97,6 @@ def _seen(model: Any, paths: Paths, context: int, clean: Routed) -> np.ndarray:
     """Ids among which contexts are looked for: of the validation text, where it lies here and is in the model's tokens; else of
     the text itself.
     """
-    from pipeline.data.tokenizers import Tokenizer
-
     tokens = paths.source / "valid.npy"
     if tokens.exists() and Tokenizer.load(paths.source / "tokenizer.json").digest == model.spec.tokenizer:
         ids = open_tokens(tokens, model.tokenizer.size)

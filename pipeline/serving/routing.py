@@ -67,13 +67,14 @@ def route_text(model: LanguageModel | TextClassifier, text: str, noise: Noise | 
     """How a text is routed in the mode of inference: whole, in windows of `context` tokens, by a language model; its start, as
     much as is read, by a classifier. With noise, as that leaves each window.
     """
-    return route_ids(model, model.tokenizer.encode_some(view(text, model.spec.view)), noise)
+    ids = model.tokenizer.encode_some(view(text, model.spec.view))
+    return route_ids(model, ids if isinstance(model, LanguageModel) else ids[: backbone_of(model).context], noise)
 
 
 def route_ids(model: LanguageModel | TextClassifier, ids: np.ndarray, noise: Noise | None = None) -> Routed:
-    """The same of ids."""
+    """The same of ids, in windows in any case."""
     backbone = backbone_of(model)
-    starts = range(0, len(ids), backbone.context) if isinstance(model, LanguageModel) else [0]
+    starts = range(0, len(ids), backbone.context)
     windows = [ids[start : start + backbone.context] for start in starts]
     sources = [np.arange(start, start + len(window)) for start, window in zip(starts, windows, strict=True)]
     if noise is not None:
@@ -123,9 +124,11 @@ def changed(clean: Routed, noised: Routed) -> list[np.ndarray]:
     ]
 
 
-def contexts(routed: Routed) -> list[dict[int, list[Context]]]:
+def contexts(routed: Routed, window: int) -> list[dict[int, list[Context]]]:
     """Per layer for each code the contexts of the tokens nearest to it, nearest first; without codes, for each expert those of
     the tokens that it got with the widest margin. No context is there twice, and nothing where a layer has neither.
+
+    A context ends where its window of so many tokens does, beyond which the model has not read.
     """
     found = []
     for layer in routed.layers:
@@ -134,7 +137,7 @@ def contexts(routed: Routed) -> list[dict[int, list[Context]]]:
         if value_T is not None:
             order_T = np.argsort(value_T if layer.code_T is not None else -value_T, kind="stable")
             for code in np.unique(of_T[of_T >= 0]).tolist():
-                by_code[code] = _first(routed.pieces, order_T[of_T[order_T] == code], value_T)
+                by_code[code] = _first(routed.pieces, window, order_T[of_T[order_T] == code], value_T)
         found.append(by_code)
     return found
 
@@ -148,10 +151,12 @@ def pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     return [decoder.decode(bytes([symbol])) for symbol in tokenizer.symbols[ids].tolist()]
 
 
-def _first(pieces: Sequence[str], order_N: np.ndarray, value_T: np.ndarray) -> list[Context]:
+def _first(pieces: Sequence[str], window: int, order_N: np.ndarray, value_T: np.ndarray) -> list[Context]:
     kept: dict[tuple[str, str, str], Context] = {}
     for place in order_N.tolist():
-        before, after = "".join(pieces[max(0, place - BEFORE) : place]), "".join(pieces[place + 1 : place + 1 + AFTER])
+        start = place - place % window
+        before = "".join(pieces[max(start, place - BEFORE) : place])
+        after = "".join(pieces[place + 1 : min(start + window, place + 1 + AFTER)])
         kept.setdefault((before, pieces[place], after), Context(before, pieces[place], after, float(value_T[place])))
         if len(kept) == CONTEXTS:
             break

@@ -9,7 +9,7 @@ from pipeline.errors import UsageError
 from pipeline.models.build import build
 from pipeline.moe import stats
 from pipeline.moe.quantizers import QUANTIZERS
-from pipeline.serving.routing import Layer, Noise, Routed, changed, contexts, pieces, route_image, route_text
+from pipeline.serving.routing import Layer, Noise, Routed, changed, contexts, pieces, route_ids, route_image, route_text
 from pipeline.training import checkpoint
 from tests.models.test_vit import spec as vision_spec
 
@@ -97,16 +97,31 @@ def test_contexts_are_those_of_the_nearest_tokens_and_each_is_there_once():
     text = list("xaxbxaxb") * 10
     code_T = np.array([{"a": 0, "b": 2}.get(letter, 1) for letter in text])
     distance_T = np.arange(len(text), 0, -1).astype(float)  # the last is the nearest
-    (of_code,) = contexts(Routed(text, np.arange(len(text)), [Layer(code_T[:, None], code_T, None, distance_T)]))
+    (of_code,) = contexts(Routed(text, np.arange(len(text)), [Layer(code_T[:, None], code_T, None, distance_T)]), len(text))
     assert set(of_code) == {0, 1, 2}
     assert [context.token for context in of_code[0]] == ["a"] * len(of_code[0])
     assert of_code[2][0].value == 1.0 and of_code[2][0].after == "" and of_code[2][0].before == "".join(text)[-25:-1]
     values = [context.value for context in of_code[1]]
     assert values == sorted(values) and len({context[:3] for context in of_code[1]}) == len(values) > 1
     # Without codes: the widest margins of each expert; without margins nothing.
-    (of_expert,) = contexts(Routed(text, np.arange(len(text)), [Layer(code_T[:, None], None, distance_T, None)]))
+    (of_expert,) = contexts(Routed(text, np.arange(len(text)), [Layer(code_T[:, None], None, distance_T, None)]), len(text))
     assert of_expert[0][0].value == max(distance_T[code_T == 0])
-    assert contexts(Routed(text, np.arange(len(text)), [Layer(code_T[:, None], None, None, None)])) == [{}]
+    assert contexts(Routed(text, np.arange(len(text)), [Layer(code_T[:, None], None, None, None)]), len(text)) == [{}]
+
+
+def test_a_context_ends_where_the_model_has_not_read():
+    text, code_T = list("abcdefgh"), np.zeros(8, int)
+    layer = Layer(code_T[:, None], code_T, None, np.array([9.0, 9, 9, 9, 1, 9, 9, 0]))
+    ((nearest, second, *_),) = (of[0] for of in contexts(Routed(text, np.arange(8), [layer]), 4))
+    assert nearest[:3] == ("efg", "h", "") and second[:3] == ("", "e", "fgh")
+
+
+def test_ids_are_read_in_windows_by_a_classifier_too(served, tiny_params):
+    model, context = serving.load(served("classifier")), tiny_params().model.context
+    ids = np.arange(3 * context + 5) % 97
+    routed, alone = route_ids(model, ids), route_ids(model, ids[context : 2 * context])
+    assert len(routed.pieces) == len(ids)
+    assert np.array_equal(routed.layers[0].expert_TK[context : 2 * context], alone.layers[0].expert_TK)
 
 
 def test_pieces_put_together_are_the_text():
