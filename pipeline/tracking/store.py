@@ -306,9 +306,16 @@ class Sender:
 
     def _dataset(self, *, time: int, context: str, **dataset: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         given = DatasetInput(dataset=Dataset(source_type="local", **dataset), tags=[InputTag("mlflow.data.context", context)])
-        self._client.log_inputs(self._run_id, datasets=[given])
+        try:
+            self._client.log_inputs(self._run_id, datasets=[given])
+        except MlflowException as error:
+            # Another process made the same dataset in between, perhaps; then it is there now.
+            if error.error_code != "BAD_REQUEST":
+                raise
+            self._client.log_inputs(self._run_id, datasets=[given])
 
     def _artifact(self, *, time: int, kept: str) -> None:
         if path := self._kept(kept):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,24 +37,33 @@ def test_params_inputs_outputs_and_code(stage):
     assert declared["cmd"] == f"PYTHONPATH=. vqmoe {stage}" + "".join(f" --{key} {value}" for key, value in item.items())
 
 
+@cache
+def _imports(module: str) -> tuple[str, list[str]] | None:
+    """File of a module of this repository, and what it imports, found without running it; None for other modules."""
+    path = REPOSITORY / (module.replace(".", "/") + ".py")
+    if not path.exists():
+        path = REPOSITORY / module.replace(".", "/") / "__init__.py"
+    if not path.exists():
+        return None
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return str(path.relative_to(REPOSITORY)), names
+
+
 def _imported(module: str) -> set[str]:
-    """Files of this repository that importing a module reaches, found without running it."""
+    """Files of this repository that importing a module reaches."""
     found: set[str] = set()
     waiting = [module]
     while waiting:
-        name = waiting.pop()
-        path = REPOSITORY / (name.replace(".", "/") + ".py")
-        if not path.exists():
-            path = REPOSITORY / name.replace(".", "/") / "__init__.py"
-        if not path.exists() or str(path.relative_to(REPOSITORY)) in found:
-            continue
-        found.add(str(path.relative_to(REPOSITORY)))
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return found
+        file, names = _imports(waiting.pop()) or ("", [])
+        if file not in found:
+            found.add(file)
+            waiting += names
+    return found - {""}
 
 
 @pytest.mark.parametrize("stage", STAGES)

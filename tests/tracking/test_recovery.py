@@ -129,6 +129,26 @@ def test_each_request_may_fail_after_it_came_through(root, begin, monkeypatch):
     assert (len(once["models"]), len(once["outputs"]), len(once["datasets"]), once["artifacts"]) == (1, 1, 1, ["table.csv"])
 
 
+def test_a_dataset_that_another_process_makes_in_between_is_no_failure(root, begin, monkeypatch, capsys):
+    """What a database says then; two runs that begin at once on data that are new to it meet so."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import BAD_REQUEST, MlflowException
+
+    original, refused = MlflowClient.log_inputs, []
+
+    def refusing_once(self, *arguments, **more):
+        if not refused:
+            refused.append(True)
+            raise MlflowException('duplicate key value violates unique constraint "dataset_pk"', BAD_REQUEST)
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", refusing_once)
+    with begin() as run:
+        fill(run, root / "model")
+    assert refused and "cannot record" not in capsys.readouterr().err
+    assert len(told(store.connect(root), run.id)["datasets"]) == 1
+
+
 def test_the_next_run_sends_what_others_left(root, begin, monkeypatch):
     left = [_offline(begin, monkeypatch, lambda run: run.log({"a": 1.0}, 1), key=key) for key in ("one", "two")]
     with begin(key="three") as run:

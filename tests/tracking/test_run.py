@@ -180,27 +180,17 @@ def test_a_full_disk_costs_records_not_the_run(root, begin, monkeypatch, capsys)
 
 
 def test_eight_processes_start_on_an_empty_database_at_once(tmp_path):
-    script = (
-        "import sys, pathlib\nfrom pipeline import tracking\n"
-        "with tracking.start(pathlib.Path(sys.argv[1]), key=sys.argv[2], resumed=False, experiment='t', stage='s',\n"
-        "        name=sys.argv[2], params={}) as run:\n"
-        "    run.log({'a': 1.0})\n    run.id\n"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(i)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-        for i in range(8)
-    ]
-    problems = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8
+    command = [sys.executable, "-m", "tests.tracking.at_once", str(tmp_path), "t", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     # A machine that is too slow for END_SECONDS leaves journals, which are sent afterwards.
-    assert not [text for text in problems if "cannot record" in text]
+    assert done.returncode == 0 and "cannot record" not in done.stderr, done.stderr
     tracking.sync(tmp_path)
     client = store.connect(tmp_path)
     (found,) = client.search_experiments(filter_string="name = 't/s'")
     runs = client.search_runs([found.experiment_id])
     assert sorted(run.info.run_name for run in runs) == [str(i) for i in range(8)]
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {run.data.metrics["a"] for run in runs} == {1.0}
+    assert {run.data.metrics["train/loss"] for run in runs} == {1.0}
 
 
 def test_importing_does_not_load_mlflow():

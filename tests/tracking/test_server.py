@@ -114,20 +114,10 @@ def test_what_a_server_is_sent_again_stands_there_once(tmp_path, either_server, 
 
 
 def test_eight_processes_record_through_a_server_to_postgresql_at_once(tmp_path, postgresql_server, monkeypatch):
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline import tracking\nfrom tests.tracking.conftest import fill\n"
-        "root, key = Path(sys.argv[1]), sys.argv[2]\n"
-        "with tracking.start(root, key=key, resumed=False, experiment='eight', stage='s', name=key, params={'x': key}) as run:\n"
-        "    fill(run, root / key, range(1, 501))\n"
-    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", postgresql_server.address)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-        for i in range(8)
-    ]
-    problems = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, problems
-    assert not [text for text in problems if "cannot record" in text]
+    command = [sys.executable, "-m", "tests.tracking.at_once", str(tmp_path), "eight", "500"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and "cannot record" not in done.stderr, done.stderr
     tracking.sync(tmp_path)
     client = store.connect(tmp_path)
     found = {run.info.run_name: told(client, run.info.run_id) for run in runs(client, "eight/s")}
