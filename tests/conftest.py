@@ -3,6 +3,8 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pipeline.data.corpora import PUBLISHED
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.models.build import Spec, build
 from pipeline.moe.layer import SETTINGS
+from pipeline.tracking.store import ENVIRONMENT
 from pipeline.training import checkpoint
 from tests.data.server import Server
 
@@ -92,6 +95,17 @@ def _clean_environment(monkeypatch):
     """No server, root folder or run of the caller's environment reaches a test."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """A folder with a `vqmoe`, a `pytest` and a `python` that start at once, for commands that get no signals."""
+    folder = tmp_path_factory.mktemp("warm")
+    command = [sys.executable, str(REPOSITORY / "tests/warm.py"), str(folder)]
+    with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout.readline() == b"ready\n"
+        yield folder
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture

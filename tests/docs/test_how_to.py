@@ -3,17 +3,12 @@
 Files are written, diffs applied and commands run in the order of the page; what a page shows as printed has to be printed.
 """
 
-import json
-import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 
-from pipeline.tracking.store import ENVIRONMENT
 from tests.conftest import REPOSITORY
 from tests.stages.repository import git, start
 
@@ -35,32 +30,20 @@ def copy(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, warm):
     """A function from a folder and a line of a shell to what it prints; fails as the command does.
 
     All runs are recorded in one store, since to make its tables takes MLflow some seconds.
     """
-    place = tmp_path_factory.mktemp("warm")
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
-    command = [sys.executable, str(REPOSITORY / "tests/docs/warm.py")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    store = f"sqlite:///{tmp_path_factory.mktemp('runs')}/mlflow.db"
 
     def run_line(folder, line):
-        words, printed = shlex.split(line), place / "printed"
-        printed.write_text("")
-        if words[0] in ("vqmoe", "pytest"):
-            print(json.dumps([words, str(folder), str(printed)]), file=warm.stdin, flush=True)
-            code = int(warm.stdout.readline())
-        else:
-            process = start(folder, "bash", "-ec", line)
-            printed.write_text(process.communicate()[0])
-            code = process.returncode
-        assert code == 0, printed.read_text()
-        return printed.read_text()
+        process = start(folder, "bash", "-ec", line, warm=warm, MLFLOW_TRACKING_URI=store)
+        printed = process.communicate()[0]
+        assert process.returncode == 0, printed
+        return printed
 
-    with subprocess.Popen(command, env=os.environ | environment, **pipes) as warm:
-        yield run_line
-        warm.stdin.close()
+    return run_line
 
 
 def change(folder, file, kind, text):

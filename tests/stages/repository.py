@@ -39,9 +39,12 @@ def set_params(root, *overrides):
     (root / "params.yaml").write_text(config.dump(params))
 
 
-def start(root, *command, **environment):
-    """A command of this installation in the repository, as a process group with one thread each; what it prints is one text."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def start(root, *command, warm="", **environment):
+    """A command of this installation in the repository, as a process group with one thread each; what it prints is one text.
+
+    `warm` is the folder of the fixture of that name, if `vqmoe` and `python` may be those.
+    """
+    path = f"{warm}:{Path(sys.executable).parent}:{os.environ['PATH']}".strip(":")
     return subprocess.Popen(
         command,
         cwd=root,

@@ -163,14 +163,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_two_cells_at_a_time_make_what_one_after_the_other_makes(tmp_path, one_thread, monkeypatch):
+def test_two_cells_at_a_time_make_what_one_after_the_other_makes(tmp_path, one_thread, warm, monkeypatch):
     root = repository.make(tmp_path / "repository", "pretrain.steps=11")
     # Changed and not committed, as params mostly are.
     repository.set_params(root)
     # What runs last, and alone, takes as long as the rest.
     stages = (root / "dvc.yaml").read_text().partition("  compute:\n")[0]
     (root / "dvc.yaml").write_text(stages)
-    done = repository.start(root, "vqmoe", "grid", "--jobs", "2")
+    done = repository.start(root, "vqmoe", "grid", "--jobs", "2", warm=warm)
     printed, _ = done.communicate()
     assert done.returncode == 0, printed
     assert "up to date" in repository.start(root, "dvc", "status").communicate()[0]

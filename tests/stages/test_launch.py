@@ -17,9 +17,9 @@ from tests.stages import repository
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc"), reason="looks for processes in /proc")
 
 
-def test_all_stages_of_a_method(tmp_path):
+def test_all_stages_of_a_method(tmp_path, warm):
     root = repository.make(tmp_path, "grid.methods=[vqmoe]", "finetune.scratch=true", "machine.processes=2")
-    process = repository.start(root, "vqmoe", "train", "--seed", "0")
+    process = repository.start(root, "vqmoe", "train", "--seed", "0", warm=warm)
     said = process.communicate()[0]
     assert process.returncode == 0, said
     (out,) = (root / "runs").iterdir()
@@ -29,9 +29,9 @@ def test_all_stages_of_a_method(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory, warm):
     root = repository.make(tmp_path_factory.mktemp("launch"), "grid.methods=[smoe]", "grid.seeds=[0]", "machine.processes=2")
-    assert repository.start(root, "vqmoe", "prepare").wait() == 0
+    assert repository.start(root, "vqmoe", "prepare", warm=warm).wait() == 0
     return root
 
 

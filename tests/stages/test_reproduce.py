@@ -31,13 +31,14 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def vqmoe(root, monkeypatch):
+def vqmoe(root, warm, monkeypatch):
     monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))
     return lambda *arguments: CliRunner().invoke(cli.main, arguments)
 
 
 @pytest.fixture
-def no_stage(monkeypatch):
+def no_stage(vqmoe, monkeypatch):
     """Every stage that is to run ends with code 1 at once."""
     monkeypatch.setattr(sys, "executable", "false")
 

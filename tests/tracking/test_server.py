@@ -158,7 +158,7 @@ def test_a_slow_server_does_not_slow_the_run(tmp_path, slow_server, monkeypatch)
     assert steps(store.connect(tmp_path), run.id, "a") == list(range(500))
 
 
-def test_machines_that_share_cache_and_server_train_each_cell_once(tmp_path, mlflow_server):
+def test_machines_that_share_cache_and_server_train_each_cell_once(tmp_path, mlflow_server, warm):
     """Clones stand for them; they share no lock, no .dvc/tmp, no .mlflow."""
     origin, cache = repository.make(tmp_path / "origin"), tmp_path / "cache"
     cells, made = ("vqmoe", "smoe"), {}
@@ -171,7 +171,7 @@ def test_machines_that_share_cache_and_server_train_each_cell_once(tmp_path, mlf
         return root
 
     def dvc(root, *arguments):
-        process = repository.start(root, "dvc", *arguments, MLFLOW_TRACKING_URI=mlflow_server.address)
+        process = repository.start(root, "dvc", *arguments, warm=warm, MLFLOW_TRACKING_URI=mlflow_server.address)
         printed, _ = process.communicate()
         assert process.returncode == 0, printed
         return printed
