@@ -94,9 +94,13 @@ class Bars(NamedTuple):
 
 
 def styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method, by its place among all methods: the same in every experiment."""
+    """Colour and marker of each method, by its place among all methods: the same in every experiment.
+
+    Where there are more methods than colours, those that share one have markers of their own.
+    """
     places = {method: place for place, method in enumerate(SETTINGS)}
-    return {m: {"color": COLOURS[places[m] % len(COLOURS)], "marker": MARKERS[places[m] % len(MARKERS)]} for m in methods}
+    turns = {method: divmod(place, len(COLOURS)) for method, place in places.items()}
+    return {m: {"color": COLOURS[turns[m][1]], "marker": MARKERS[sum(turns[m]) % len(MARKERS)]} for m in methods}
 
 
 def curves(panels: Sequence[Panel], title: str, references: Mapping[str, float] | None = None, dashed: str = "") -> Figure:

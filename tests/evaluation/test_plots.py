@@ -2,7 +2,9 @@ import math
 
 import numpy as np
 
+from pipeline.evaluation import plots
 from pipeline.evaluation.plots import (
+    COLOURS,
     Bars,
     Curve,
     Map,
@@ -24,9 +26,13 @@ def visible(figure):
     return [axes for axes in figure.axes if axes.get_visible() and axes.get_label() != "<colorbar>"]
 
 
-def test_no_two_methods_look_alike_and_each_the_same_in_every_experiment():
+def test_no_two_methods_look_alike_and_each_the_same_in_every_experiment(monkeypatch):
     looks = styles(SETTINGS)
-    assert len({look["color"] for look in looks.values()}) == len({look["marker"] for look in looks.values()}) == len(SETTINGS)
+    assert len({look["color"] for look in looks.values()}) == len({look["marker"] for look in looks.values()}) == len(COLOURS)
+    monkeypatch.setattr(plots, "SETTINGS", (*SETTINGS, *map(str, range(30))))
+    many = styles(plots.SETTINGS)
+    assert len({tuple(look.values()) for look in many.values()}) == len(plots.SETTINGS)
+    assert {name: many[name] for name in SETTINGS} == looks
     assert styles(["smoe", "dense"]) == {name: looks[name] for name in ("smoe", "dense")}
 
 
