@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Protocol, get_args
@@ -444,12 +444,12 @@ class _Nested(Exception):
         self.name, self.error = name, error
 
 
-def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterable[str] = (), method: str | None = None) -> Params:
+def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Sequence[str] = (), method: str | None = None) -> Params:
     """Read and validate params.yaml.
 
     `settings` maps each method's name to the class of its settings; `overrides` are `section.key=value`, the value
     read as YAML. Numbers follow YAML 1.2, so `1e-4` and `0.0001` are the same number. With `method`, the grid has this one.
-    Raises UsageError with one line that names the key, the value found and what is allowed.
+    Raises UsageError with one line that names the file or the override, the key, the value found and what is allowed.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -475,12 +475,11 @@ def load(path: Path, settings: Mapping[str, type[BaseModel]], overrides: Iterabl
     try:
         return kind.model_validate(raw, context={"settings": settings})
     except ValidationError as error:
-        raise UsageError(f"{path}: {_line(error, (), raw, kind)}") from None
+        raise UsageError(_line(error, (), kind, path, overrides)) from None
     except UsageError as error:  # of a method that the grid names
         raise UsageError(f"{path}: {error}") from None
     except _Nested as nested:
-        part = raw["methods"][nested.name]
-        raise UsageError(f"{path}: {_line(nested.error, ('methods', nested.name), part, settings[nested.name])}") from None
+        raise UsageError(_line(nested.error, ("methods", nested.name), settings[nested.name], path, overrides)) from None
 
 
 def _kind(path: Path, raw: dict[str, Any]) -> type[Params]:
@@ -570,23 +569,30 @@ def _problem(error: Exception) -> str:
     return f"{f', line {mark.line + 1}' if mark else ''}: {problem.splitlines()[0]}"
 
 
-def _line(error: ValidationError, above: tuple[str, ...], raw: Any, model: type[BaseModel]) -> str:
-    """The first error of a validation, with the nearest known key for a misspelt one."""
-    first = error.errors()[0]
+def _line(error: ValidationError, above: tuple[str, ...], model: type[BaseModel], path: Path, overrides: Sequence[str]) -> str:
+    """The first error of a validation, with the file or the override that it is in."""
+    # A misspelt key is missing where it should be, too.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     where = ".".join(map(str, above + first["loc"]))
+    given = [override for override in overrides if override.partition("=")[0].strip() == where]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{f'-S {given[-1]}' if given else path}: {_told(first, where, model)}{more}"
+
+
+def _told(first: Any, where: str, model: type[BaseModel]) -> str:
+    """An error, with the nearest known key for a misspelt one."""
     if first["type"] == "extra_forbidden":
         known = _fields(model, first["loc"][:-1])
-        return f"unknown key {where}{nearest(str(first['loc'][-1]), known)}; known there: {', '.join(known)}{more}"
+        return f"unknown key {where}{nearest(str(first['loc'][-1]), known)}; known there: {', '.join(known)}"
     if first["type"] == "missing":
-        return f"{where} is missing; add it{more}"
+        return f"{where} is missing; add it"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
-        return f"{where + ': ' if where else ''}{reason}{more}"
+        return f"{where + ': ' if where else ''}{reason}"
     expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
     if first["type"] == "literal_error":
         expected += nearest(str(first["input"]), re.findall("'(.*?)'", first["ctx"]["expected"]))
-    return f"{where} is {first['input']!r}: {expected}{more}"
+    return f"{where} is {first['input']!r}: {expected}"
 
 
 def _fields(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

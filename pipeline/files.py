@@ -16,6 +16,15 @@ from typing import Any
 from pipeline.errors import Failure
 
 
+def beside(name: str, root: Path) -> list[str]:
+    """Paths beside one (relative to `root`) that does not exist, written as it is; none if its folder does not exist either."""
+    folder = Path(name).parent
+    try:
+        return [str(folder / other) for other in sorted(os.listdir(root / folder))]
+    except OSError:
+        return []
+
+
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the body succeeds it is renamed to `path`, else removed."""

@@ -40,7 +40,7 @@ def _texts(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[st
     data = params.data
     corpus = load_corpus(data.corpus, paths.root)
     tasks = {name: load_task(source, corpus, paths.root, params.prepare.passage) for name, source in data.tasks.items()}
-    shifts = {name: load_corpus(source, paths.root) for name, source in data.shifts.items()}
+    shifts = {name: load_corpus(source, paths.root, f"data.shifts.{name}") for name, source in data.shifts.items()}
     tokenizer = Tokenizer.make(data.tokenizer, stream(corpus["train"], data.view), data.vocabulary)
     with Progress("prepare", total=sum(corpus[split].size for split in SPLITS) / MIB, unit="MiB") as progress:
         written = {

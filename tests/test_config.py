@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import pytest
@@ -30,6 +31,17 @@ def test_an_override_by_dvc_changes_its_own_line_only(tmp_path):
         content["model"]["layers"] = 7
     before, after = PARAMS.read_text().splitlines(), path.read_text().splitlines()
     assert [line.split()[:2] for one, line in zip(before, after, strict=True) if one != line] == [["layers:", "7"]]
+
+
+def test_a_misspelt_key_is_told_before_what_is_missing_for_it_and_with_the_override_it_is_in(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(re.sub(r"(?m)^(pretrain:\n  step)s:", r"\1:", PARAMS.read_text()))
+    with pytest.raises(UsageError, match=r"^\S+params\.yaml: unknown key pretrain\.step \(did you mean steps\?\); known there"):
+        config.load(path, SETTINGS)
+    with pytest.raises(UsageError, match=r"^-S pretrain\.step=5: unknown key pretrain\.step"):
+        config.load(PARAMS, SETTINGS, ["pretrain.steps=7", "pretrain.step=5"])
+    with pytest.raises(UsageError, match=r"^-S methods\.vqmoe\.codes=0: methods\.vqmoe\.codes is 0"):
+        config.load(PARAMS, SETTINGS, ["methods.vqmoe.codes=0"])
 
 
 def test_scientific_and_decimal_notation_are_the_same_number():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pipeline.data import archives, tables
 from pipeline.data.tables import CUTS, SPLITS, file_kind
 from pipeline.errors import Failure, UsageError, nearest
+from pipeline.files import beside
 
 EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
 # What the splits of a folder or an .npz may be called.
@@ -89,12 +90,12 @@ class Split:
 Corpus = dict[str, Split]
 
 
-def load_corpus(name: str, root: Path) -> Corpus:
+def load_corpus(name: str, root: Path, key: str = "data.corpus") -> Corpus:
     """Splits of a corpus by its name, downloaded if need be, or of a path (relative to `root`): a folder of texts, a .txt, or a
     file of records (`tables`).
 
-    Raises UsageError for a name that is neither, Failure with file, line and remedy for data that cannot be used; what is
-    wrong inside a long text may only be found while it is read.
+    Raises UsageError for a name that is neither, which says that `key` has it; Failure with file, line and remedy for data that
+    cannot be used; what is wrong inside a long text may only be found while it is read.
     """
     path = source(name, root)
     if name in PUBLISHED:
@@ -106,8 +107,8 @@ def load_corpus(name: str, root: Path) -> Corpus:
             raise Failure(f"{path}: not found; restore it with `git checkout {EMBEDDED[name]}`")
         known = (*EMBEDDED, *PUBLISHED)
         raise UsageError(
-            f"data.corpus or data.shifts has '{name}': neither a corpus by name ({', '.join(known)}) nor an existing path"
-            f"{nearest(name, known)}"
+            f"{key} has '{name}': neither a corpus by name ({', '.join(known)}) nor an existing path"
+            f"{nearest(name, (*known, *beside(name, root)))}"
         )
     kind = file_kind(path)
     if path.is_dir():
@@ -117,7 +118,7 @@ def load_corpus(name: str, root: Path) -> Corpus:
     elif kind in tables.READERS:
         corpus = _records(path)
     else:
-        raise UsageError(f"data.corpus or data.shifts has '{name}': expected a folder, or a file .txt, {tables.FILES}")
+        raise UsageError(f"{key} has '{name}': expected a folder, or a file .txt, {tables.FILES}")
     for split in SPLITS:
         if not any(document.text.strip() for document in corpus[split]):
             raise Failure(f"{path}: the {split} split is empty; give it at least one document with text")

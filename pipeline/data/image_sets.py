@@ -20,6 +20,7 @@ from pipeline.data.batches import generator
 from pipeline.data.corpora import exists
 from pipeline.data.image_files import ARRAYS, FOLDERS, Stored, StoredSet, read_folder, read_npz, reason
 from pipeline.errors import Failure, UsageError, nearest
+from pipeline.files import beside
 
 TEST_SHARE = 0.2  # of a set that comes without splits, such as digits
 
@@ -124,7 +125,8 @@ def stored_images(source: str, root: Path) -> StoredSet:
         found = _imagenet(path)
     elif not exists(path):
         raise UsageError(
-            f"data has '{source}': neither images by name ({', '.join(SETS)}) nor an existing path{nearest(source, SETS)}"
+            f"data has '{source}': neither images by name ({', '.join(SETS)}) nor an existing path"
+            f"{nearest(source, (*SETS, *beside(source, root)))}"
         )
     elif path.is_dir():
         found = read_folder(path)

@@ -12,6 +12,7 @@ from pipeline.data import archives, published, tables
 from pipeline.data.corpora import Corpus, exists, folder_texts, load_corpus, read_text
 from pipeline.data.tables import SPLITS, file_kind
 from pipeline.errors import Failure, UsageError, nearest
+from pipeline.files import beside
 
 ERA_FIRST, ERA_YEARS = 1790, 40
 EXAMPLES = "examples.jsonl"
@@ -56,7 +57,8 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     path = published.fetch(name, root) if name in published.TASKS else root / name
     if not exists(path):
         known = ("era", *published.TASKS)
-        raise UsageError(f"data.tasks has '{name}': neither {', '.join(known)} nor an existing path{nearest(name, known)}")
+        near = nearest(name, (*known, *beside(name, root)))
+        raise UsageError(f"data.tasks has '{name}': neither {', '.join(known)} nor an existing path{near}")
     examples = {split: [] for split in SPLITS}
     places: dict[tuple[str, str], str] = {}
     for place, split, text, label, group in rows(name, path):

@@ -125,6 +125,10 @@ def test_names_that_lead_nowhere(tmp_path):
         load_corpus("sotuu", tmp_path)
     with pytest.raises(UsageError, match="nor an existing path"):
         load_corpus("x" * 300, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letters").mkdir()
+    with pytest.raises(UsageError, match=r"^data\.shifts\.other has 'mine/leters': .* \(did you mean mine/letters\?\)$"):
+        load_corpus("mine/leters", tmp_path, "data.shifts.other")
     (tmp_path / "c.md").write_text("text")
     with pytest.raises(UsageError, match=r"expected a folder, or a file \.txt, \.jsonl, \.csv or \.tsv"):
         load_corpus("c.md", tmp_path)

@@ -95,6 +95,23 @@ def test_a_second_dvc_repro_is_refused_and_the_first_ends_well(tmp_path):
     assert "Data and pipelines are up to date." in again
 
 
+def test_params_that_are_wrong_cost_no_output(tmp_path, warm):
+    root = repository.make(tmp_path / "repository")
+
+    def repro():
+        process = repository.start(root, "dvc", "repro", "prepare", warm=warm)
+        return process.communicate()[0], process.returncode
+
+    assert repro()[1] == 0
+    before = {path: digest(root / path) for path in ("outputs/data", "results/prepare.json")}
+    repository.set_params(root, "data.tasks={toy: data/taks.csv}")
+    said, code = repro()
+    assert code and "data.tasks has 'data/taks.csv'" in said and "(did you mean data/task.csv?)" in said
+    assert {path: digest(root / path) for path in before} == before
+    repository.set_params(root)
+    assert repro()[1] == 0
+
+
 def test_a_lock_file_that_another_dvc_is_writing_is_recorded_whole(tiny_overrides, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
     lock, guard = tmp_path / "dvc.lock", tmp_path / ".dvc/tmp/lock"
