@@ -182,7 +182,7 @@ def compute(file: Path | None, overrides: tuple[str, ...], method: str | None) -
 
 
 @main.command(
-    help="Print the claims and the main table of the grid's runs, as in the report, or only MEASURES: parts of names, or globs."
+    help="Print claims, main table and pairs of the grid's runs, as in the report, or only MEASURES: parts of names, or globs."
 )
 @_with_params
 @click.argument("measures", nargs=-1)

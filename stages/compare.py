@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from pipeline.errors import UsageError
-from pipeline.evaluation import summary, tables
+from pipeline.evaluation import findings, summary, tables
 from pipeline.evaluation.grid import Grid
 from pipeline.evaluation.summary import Measure
 from stages.report import show
@@ -19,13 +19,16 @@ HEAD = 24
 
 
 def compare(grid: Grid, wanted: Sequence[str], sort: str | None, by: str, form: str | None) -> None:
-    """Print the measures whose names contain one of `wanted`, or match it as a glob, in any case; all of the main table without.
+    """Print the measures whose names contain one of `wanted`, or match it as a glob, in any case; the claims, the main table and
+    the pairs with the first method without.
 
     `sort` orders methods by a measure, the lowest first; `by` says whether a row is a measure or a method; `form` csv or json is
     a row for each measure and method. Raises UsageError for a name that no measure has.
     """
     if not (wanted or sort or form) and by == "measure":
         show(grid)
+        if pairs := [pair for pair in findings.pairs(grid) if grid.methods[0] in (pair.first, pair.second)]:
+            tables.pair_table(f"Pairs with {grid.methods[0]}", pairs, len(grid.seeds)).show()
         return
     main = summary.measures(grid)
     named = _named([*main, *summary.timings(grid)])

@@ -75,6 +75,7 @@ def _run(commands: Mapping[str, Sequence[str]], jobs: int, root: Path, environme
     With `logs` each prints into a file of its own, and its end is told. None is left running, however this ends.
     """
     waiting, running, failed = list(commands), {}, []
+    took: list[float] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -86,13 +87,17 @@ def _run(commands: Mapping[str, Sequence[str]], jobs: int, root: Path, environme
                 if process.poll() is None:
                     continue
                 del running[name]
-                seconds = f"{time.monotonic() - started:.0f} s"
+                took.append(time.monotonic() - started)
                 if process.returncode:
                     failed.append(name)
                 if logs and process.returncode:
-                    print(f"vqmoe: {name}: failed after {seconds}; see {LOGS / name}.log", file=sys.stderr, flush=True)
+                    print(f"vqmoe: {name}: failed after {took[-1]:.0f} s; see {LOGS / name}.log", file=sys.stderr, flush=True)
                 elif logs:
-                    print(f"{name}: done in {seconds}", flush=True)
+                    # As if the others took as long as those that have ended.
+                    spent = sum(time.monotonic() - started for _, started in running.values())
+                    left = max(0, sum(took) / len(took) * (len(waiting) + len(running)) - spent) / jobs
+                    done = f"{name}: done in {took[-1]:.0f} s, {len(took)} of {len(commands)}, about {left:.0f} s left"
+                    print(done, flush=True)
     finally:
         for process, _ in running.values():
             os.killpg(process.pid, signal.SIGINT)

@@ -56,7 +56,7 @@ class Table(NamedTuple):
             table = RichTable(title=None if place else Text(self.title, "italic"), title_justify="left")
             for column in (0, *part):
                 right, fits = "right" if numeric[column] else "left", 1 + least[0] + least[column] <= console.width
-                table.add_column(Text(self.heads[column]), justify=right, no_wrap=numeric[column] and fits, overflow="fold")
+                table.add_column(Text(cells[column][0]), justify=right, no_wrap=numeric[column] and fits, overflow="fold")
             for row in range(1, len(cells[0])):
                 # As Text: rich would take [words] in brackets for markup.
                 table.add_row(*(Text(cells[column][row]) for column in (0, *part)))

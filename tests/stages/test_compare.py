@@ -66,6 +66,12 @@ def test_methods_are_rows_in_the_order_of_a_measure(printed, made):
     assert [row[1] for row in turned] == straight[0][1:4]
 
 
+def test_pairs_with_the_first_method_stand_below_the_main_table(printed, made):
+    rows = csv.DictReader(open(made.root / "report/data/pairs.csv", newline=""))
+    wanted = [[row["measure"], f"vqmoe - {row['second']}"] for row in rows if row["first"] == "vqmoe"]
+    assert [row[:2] for row in cells(printed())[-len(wanted) :]] == wanted and len(wanted) > 5
+
+
 def test_data_are_the_numbers_of_the_report_with_seeds_and_runs(printed, made):
     as_csv = list(csv.DictReader(printed(form="csv").splitlines()))
     assert [{key: row[key] for key in made.main[0]} for row in as_csv] == made.main
