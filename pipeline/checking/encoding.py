@@ -10,9 +10,11 @@ from pipeline.data import tables
 from pipeline.errors import Failure
 
 SHOWN = 3  # places of bytes that are no UTF-8, of each file
+BINARY = 0.01  # share of control characters that no text has
 SPARSE = 0.2  # in a Western language a smaller share of letters is beyond ASCII
 _MARKS = {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
 _ESCAPED = re.compile("[\udc80-\udcff]")
+_CONTROL = bytes({*range(32)} - {*b"\t\n\v\f\r\x1a\x1b"})
 _NO_WINDOWS = re.compile("[\udc81\udc8d\udc8f\udc90\udc9d]")
 
 
@@ -44,7 +46,7 @@ class _Wrong:
 
     def __init__(self, path: Path, start: bytes) -> None:
         self.path, self.start = path, start[:2]
-        self.count = self.size = self.nul = self.beyond = 0
+        self.count = self.size = self.control = self.beyond = 0
         self.windows = True
         self.first: list[dict[str, str | int]] = []
 
@@ -57,7 +59,7 @@ class _Wrong:
             following = next(chunks, b"")
             wrong._take(decoder.decode(chunk, final=not following), wrong.size - begun)
             wrong.size += len(chunk)
-            wrong.nul += chunk.count(0)
+            wrong.control += len(chunk) - len(chunk.translate(None, _CONTROL))
             chunk = following
         return wrong if wrong.count else None
 
@@ -77,8 +79,8 @@ class _Wrong:
     def remedy(self) -> str:
         if self.start in _MARKS:
             return "it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"
-        if self.nul:
-            return "it is no text; name one, or leave it out"
+        if self.control > BINARY * self.size:
+            return "it seems to be binary data, text in no encoding; name a file of text instead, or move it out of the folder"
         if self.beyond > self.count:
             return "the rest is UTF-8: mend them, or leave them out with `iconv -c -f UTF-8 -t UTF-8`"
         if self.windows and self.count < SPARSE * self.size:

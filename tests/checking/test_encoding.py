@@ -15,7 +15,7 @@ LINES = "Ein schöner Tag für Größe.\n" * 50
         (LINES.encode("utf-16"), "it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"),
         (LINES.encode() + "für".encode("cp1252"), "the rest is UTF-8: mend them, or leave them out with `iconv -c"),
         ("Прекрасный день.\n".encode("cp1251") * 50, "convert it with `iconv -f ENCODING -t UTF-8`"),
-        (bytes(range(256)) * 50, "it is no text; name one, or leave it out"),
+        (bytes(range(256)) * 50, "it seems to be binary data, text in no encoding; name a file of text instead"),
     ],
 )
 def test_bytes_that_are_no_utf_8_have_places_and_a_remedy(checked, content, remedy):
@@ -27,6 +27,10 @@ def test_bytes_that_are_no_utf_8_have_places_and_a_remedy(checked, content, reme
     assert wrong["first"][0] == {"byte": caught.value.start, "value": f"0x{content[caught.value.start]:02x}"}
     assert wrong["bytes"] == sum(0xDC80 <= ord(c) <= 0xDCFF for c in content.decode("utf-8", "surrogateescape"))
     assert f"the first 0x{content[caught.value.start]:02x} at byte {caught.value.start:,}" in found.problem
+
+
+def test_a_stray_control_character_makes_no_binary_data(checked):
+    assert "Windows-1252" in checked("a.txt", (LINES + "\0").encode("cp1252")).problem
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
