@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ruamel.yaml import YAML
@@ -16,6 +16,11 @@ FEW = 10  # training examples of a class
 IMBALANCE, MAJORITY = 10, 0.8  # the largest class over the smallest, and its share of test
 DRAWN = "; without splits, which are drawn"
 POINTS = 5  # within which a test should tell an accuracy, in points
+NAMED, SAMPLES = 10, 3  # classes, and texts or images, that a warning names
+# How data says which split something is in.
+RECORDS = "by a field 'split' in the file"
+FOLDERS = "by folders train/<class>/, valid/<class>/ and test/<class>/"
+ARRAYS = "by x_train, x_valid and x_test, or is_test"
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Findings:
     """`facts` by their names, as JSON has them; `warnings`, a line each; `problem`, for which `prepare` would refuse it.
 
     `params` are sections of params.yaml, `notes` are on their keys, `preset` is where they belong if not into that as it is.
+    `dividing` says how the data can give its splits; empty, if it cannot.
     """
 
     path: str
@@ -32,6 +38,7 @@ class Findings:
     params: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     preset: str | None = None
+    dividing: str = ""
 
     def as_json(self) -> dict[str, Any]:
         more = {"warnings": self.warnings, "problem": self.problem, "params": self.params, "preset": self.preset}
@@ -39,6 +46,10 @@ class Findings:
 
     def warn(self, line: str) -> None:
         self.warnings.append(line)
+
+    def advise(self, line: str) -> None:
+        """A warning whose remedy is another split."""
+        self.warn(f"{line}, {self.dividing}" if self.dividing else line)
 
 
 def as_yaml(found: Findings) -> str:
@@ -81,24 +92,47 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def duplicates(found: Findings, unit: str, hashes: dict[str, np.ndarray], labels: dict[str, np.ndarray] | None = None) -> None:
-    """Of texts or images that are known by a hash: how many repeat another, within a split and between two."""
-    repeated = {split: len(values) - len(np.unique(values)) for split, values in hashes.items()}
+class Known(NamedTuple):
+    """Texts or images of a split by hashes (N,): as a model sees them, and as they are; `names` tells where some of them are."""
+
+    seen: np.ndarray
+    exact: np.ndarray
+    labels: np.ndarray
+    names: Callable[[list[int]], list[str]]
+
+
+def duplicates(found: Findings, unit: str, known: dict[str, Known], alike: str, labelled: bool) -> None:
+    """How many texts or images repeat another, within a split and between two.
+
+    `alike` says what those have in common that are the same only as a model sees them.
+    """
+    repeated = {split: len(of.seen) - len(np.unique(of.seen)) for split, of in known.items()}
     for split, other in (("valid", "train"), ("test", "train"), ("test", "valid")):
-        repeated[f"{split} in {other}"] = int(np.isin(hashes[split], hashes[other]).sum())
+        repeated[f"{split} in {other}"] = int(np.isin(known[split].seen, known[other].seen).sum())
     found.facts["duplicates"] = repeated
     for split, harm in (("test", "scores count what is remembered"), ("valid", "the model that remembers most is kept")):
         if count := repeated[f"{split} in train"]:
-            share = percent(count / len(hashes[split]))
-            found.warn(f"{count:,} {unit} of {split} ({share}) are in train too: {harm}; remove them from one of the two")
-    if labels is not None:
-        pairs = np.unique(np.stack([np.concatenate([*values.values()]).astype(np.uint64) for values in (hashes, labels)]), axis=1)
+            ours, train = known[split], known["train"]
+            again = np.isin(ours.seen, train.seen)
+            changed = int((again & ~np.isin(ours.exact, train.exact)).sum())
+            only = f" ({changed:,} of them only {alike})" if changed else ""
+            samples = np.flatnonzero(again)[:SAMPLES]
+            first = [int((train.seen == ours.seen[i]).argmax()) for i in samples]
+            pairs = zip(ours.names(samples.tolist()), train.names(first), strict=True)
+            such = ", ".join(name if name == other else f"{name} (train: {other})" for name, other in pairs)
+            found.warn(
+                f"{count:,} {unit} of {split} ({percent(count / len(ours.seen))}) are in train too{only}: {harm}; remove them "
+                f"from one of the two, such as {such}"
+            )
+    if labelled:
+        every = (np.concatenate([getattr(of, name) for of in known.values()]) for name in ("seen", "labels"))
+        pairs = np.unique(np.stack([values.astype(np.uint64) for values in every]), axis=1)
         if count := int((np.unique(pairs[0], return_counts=True)[1] > 1).sum()):
             found.warn(f"{unit} under several labels: {count:,}; no answer to these is right every time; decide for one label")
 
 
-def classes(found: Findings, unit: str, counts: dict[str, dict[str, int]]) -> None:
-    """Sizes of classes by their split, and what they mean for scores."""
+def classes(found: Findings, unit: str, counts: dict[str, dict[str, int]], groups: int | None = None) -> None:
+    """Sizes of classes by their split, and what they mean for scores; `groups` are those of test, if that has any."""
     found.facts["classes"] = counts
     train = {name: count["train"] for name, count in counts.items()}
     small = sorted((name for name in train if train[name] < FEW), key=train.__getitem__)
@@ -107,8 +141,11 @@ def classes(found: Findings, unit: str, counts: dict[str, dict[str, int]]) -> No
             f"{_number(small, 'class has', 'classes have')} under {FEW} {unit} in train, such as '{small[0]}' with "
             f"{train[small[0]]}: too few to learn from, and macro-F1 counts each class alike; add some, or join classes"
         )
-    if untested := [name for name in counts if not counts[name]["test"]]:
-        found.warn(f"{_number(untested, 'class is', 'classes are')} not in test, such as '{untested[0]}': no score is about them")
+    for split, harm in (("valid", "the model to keep is chosen without"), ("test", "no score is about")):
+        if missing := [name for name in counts if not counts[name][split]]:
+            names = ", ".join(f"'{name}'" for name in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+            one, them = ("class of train is", "it") if len(missing) == 1 else ("classes of train are", "them")
+            found.advise(f"{len(missing):,} {one} not in {split} ({names}), so {harm} {them}; put {unit} of {them} there")
     largest, smallest = max(train, key=train.__getitem__), min(train, key=train.__getitem__)
     tested = sum(count["test"] for count in counts.values())
     always = counts[largest]["test"] / tested
@@ -117,8 +154,19 @@ def classes(found: Findings, unit: str, counts: dict[str, dict[str, int]]) -> No
             f"class '{largest}' is {train[largest] / train[smallest]:,.0f} times as large as '{smallest}': always answering "
             f"'{largest}' is right in {percent(always)} of test; read macro-F1 beside accuracy"
         )
-    if (points := 98 / tested**0.5) > POINTS:
-        found.warn(f"test has {tested:,} {unit}, which tell an accuracy to within {points:.0f} points (95 %); give it more")
+    if (points := 98 / (groups or tested) ** 0.5) > POINTS:
+        if groups and groups < tested:
+            found.advise(
+                f"test has {tested:,} {unit} of {_number(range(groups), 'group', 'groups')}, which tell an accuracy to within "
+                f"{points:.0f} points (95 %) if {unit} of a group are alike; give it more groups"
+            )
+        else:
+            found.advise(f"test has {tested:,} {unit}, which tell an accuracy to within {points:.0f} points (95 %); give it more")
+
+
+def place_in(path: Path, place: str) -> str:
+    """A place without the name of the file or folder that it is in."""
+    return place.removeprefix(str(path)).lstrip("/, ") or place
 
 
 def _number(names: Sequence[str], one: str, more: str) -> str:

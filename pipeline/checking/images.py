@@ -3,12 +3,14 @@
 import hashlib
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from pipeline.checking.findings import DRAWN, Findings, classes, duplicates, percent, spread, task_name
+from pipeline.checking.findings import DRAWN, Findings, Known, classes, duplicates, percent, place_in, spread, task_name
 from pipeline.data.image_decode import fitted, split_rows
 from pipeline.data.image_files import Broken, Stored
 from pipeline.data.image_sets import stored_images
@@ -32,7 +34,7 @@ def check(found: Findings, root: Path) -> None:
     sizes: list[tuple[int, int]] = []
     modes: Counter[str] = Counter()
     broken: dict[str, str] = {}
-    hashes, labels = ({split: array(kind) for split in SPLITS} for kind in "Qq")
+    hashes, exact, labels, kept = ({split: array(kind) for split in SPLITS} for kind in "QQqq")
     with Progress("check", total=2 * len(every), unit="image") as progress:
         for _, images, row in every:
             if header := _header(images, row):
@@ -46,9 +48,11 @@ def check(found: Findings, root: Path) -> None:
         view = "grey" if {*modes} <= {"1", "L"} else "rgb"
         for split, images, row in every:
             try:
-                pixels = fitted(images.read(row), view, size).contiguous().numpy().tobytes()
-                hashes[split].append(int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest()))
+                image = images.read(row)
+                hashes[split].append(_hash(fitted(image, view, size)))
+                exact[split].append(_hash(image))
                 labels[split].append(int(images.labels_N[row]))
+                kept[split].append(row)
             except Broken as error:
                 broken[images.name(row)] = str(error)
             progress.advance()
@@ -63,7 +67,14 @@ def check(found: Findings, root: Path) -> None:
     found.facts["unreadable"] = broken
     count = {split: Counter(labels[split]) for split in SPLITS}
     classes(found, "images", {name: {split: count[split][i] for split in SPLITS} for i, name in enumerate(stored.classes)})
-    duplicates(found, "images", *({split: np.array(of[split]) for split in SPLITS} for of in (hashes, labels)))
+    known = {}
+    for split, (images, _) in chosen.items():
+
+        def names(some: list[int], images: Stored = images, rows: Sequence[int] = kept[split]) -> list[str]:
+            return [place_in(root / found.path, images.name(rows[place])) for place in some]
+
+        known[split] = Known(*(np.array(of[split]) for of in (hashes, exact, labels)), names)
+    duplicates(found, "images", known, "once they have one size and colour", labelled=True)
     if broken:
         name, reason = next(iter(broken.items()))
         found.warn(f"{len(broken):,} unreadable images are left out, such as {name} ({reason}); replace them")
@@ -98,6 +109,11 @@ def _header(images: Stored, row: int) -> tuple[tuple[int, int], str] | None:
         return (width, height), "L" if channels == 1 else "RGB"
     except Exception:  # every decoder has errors of its own; decoding all of it will tell
         return None
+
+
+def _hash(image_CHW: Tensor) -> int:
+    content = f"{tuple(image_CHW.shape)}".encode() + image_CHW.contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 def _patch(size: int) -> int:

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.checking import encoding, texts
-from pipeline.checking.findings import DRAWN, Findings
+from pipeline.checking.findings import ARRAYS, DRAWN, FOLDERS, RECORDS, Findings
 from pipeline.data import archives, published, tables
 from pipeline.data.corpora import EMBEDDED, PUBLISHED, exists, folder_texts
 from pipeline.data.tables import SPLITS, file_kind
@@ -31,12 +31,17 @@ INSTEAD = {
 } | dict.fromkeys(IMAGES, "name the folder that has a folder of images for each class")
 
 
-def check(path: Path, root: Path) -> Findings:
-    """Look into a file or folder as `prepare` of the repository `root` would. Raises UsageError if there is neither."""
+def known(path: Path) -> None:
+    """Raises UsageError if a path is neither a file nor a folder, or cannot stand in params.yaml."""
     if not path.is_file() and not path.is_dir():
         raise UsageError(f"{path}: {'neither a file nor a folder' if exists(path) else f'not found{_nearest(path)}'}")
     if re.search("[\ud800-\udfff]", str(path)):
         raise UsageError(f"{path}: a name that is not UTF-8 cannot stand in params.yaml; rename it")
+
+
+def check(path: Path, root: Path) -> Findings:
+    """Look into a file or folder as `prepare` of the repository `root` would. Raises UsageError if there is neither."""
+    known(path)
     # Not resolved: a link in data/ is a file of data/, to `prepare` as to DVC.
     whole, root = Path(os.path.abspath(path)), Path(os.path.abspath(root))
     source = str(whole.relative_to(root) if whole.is_relative_to(root) else whole)
@@ -61,13 +66,17 @@ def _file(found: Findings, path: Path, root: Path) -> None:
         if kind != ".parquet":
             encoding.check(found, [path])
         labelled, divided = _fields(found, path)
+        found.dividing = RECORDS
         found.facts["form"] = f"{TABLES[kind]}, texts with{'' if labelled else 'out'} labels{'' if divided else DRAWN}"
+        if not divided:
+            _drawn(path)
         if labelled:
             texts.task(found, root, own=True)
         else:
             texts.corpus(found, root)
     elif kind == ".npz":
         found.facts["form"] = "arrays of images"
+        found.dividing = ARRAYS
         _images(found, root)
     elif kind not in INSTEAD and archives.is_archive(path):
         found.facts["form"] = "archive of a task as published"
@@ -97,6 +106,21 @@ def _fields(found: Findings, path: Path) -> tuple[bool, bool]:
     return "label" in first, "split" in first
 
 
+def _drawn(path: Path) -> None:
+    """Raises Failure if records are too few for every split to be drawn one."""
+    there, count = set(), 0
+    for _, record in tables.records(path, ("text",)):
+        there.add(record["split"])
+        count += 1
+        if len(there) == len(SPLITS):
+            return
+    empty = " and ".join(split for split in SPLITS if split not in there)
+    raise Failure(
+        f"{path}: splits are drawn, 90 % / 5 % / 5 %, and of {count:,} records {empty} got none; add more, or a field 'split' "
+        "that says train, valid or test for each"
+    )
+
+
 def _folder(found: Findings, path: Path, root: Path) -> None:
     suffixes, linked = _suffixes(path)
     images, written = sum(suffixes[suffix] for suffix in IMAGES), suffixes[".txt"]
@@ -107,6 +131,7 @@ def _folder(found: Findings, path: Path, root: Path) -> None:
         raise Failure(f"{path}: holds {images:,} images and {written:,} texts; name a folder of the one or the other")
     if images > written:
         found.facts["form"] = "images in folders of classes"
+        found.dividing = FOLDERS
         _images(found, root)
     elif published.recognised(path) and not all((path / f"{split}.txt").exists() for split in SPLITS):
         found.facts = {"form": "folder of a task as published"}
@@ -131,6 +156,7 @@ def _texts(found: Findings, path: Path, root: Path) -> None:
     alone = next((name for name in names if "/" not in name), None)
     if len(labels) > 1 and len(names) >= 2 * len(labels) and alone is None:
         found.facts["form"] = f"texts in folders of classes{drawn}"
+        found.dividing = FOLDERS
         texts.task(found, root, own=True)
         return
     if len(labels) > 1 and alone is not None:

@@ -5,13 +5,13 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.checking.findings import Findings, classes, duplicates, percent, spread, task_name
+from pipeline.checking.findings import Findings, Known, classes, duplicates, percent, place_in, spread, task_name
 from pipeline.data.archives import MIB, encoded
 from pipeline.data.corpora import Document, load_corpus, stream, view
 from pipeline.data.tables import SPLITS
@@ -19,7 +19,7 @@ from pipeline.data.tasks import load_task, rows
 from pipeline.errors import Failure
 from pipeline.progress import Progress
 
-LINE = 40  # characters of a line of a corpus that had better not stand there twice
+LINE = 40  # characters of a line of a corpus that had better not stand there twice, and by which a warning knows it
 ENOUGH = 1_000_000  # bytes of training text, under which a model had better be pre-trained on another
 LETTERS, CHARACTERS = 0.005, 0.1  # shares that the view text27 may lose
 CONTEXTS = tuple(2**power for power in range(3, 20))
@@ -59,7 +59,17 @@ def corpus(found: Findings, root: Path) -> None:
     if dated:
         load_task("era", read, root, PASSAGE)
     _sizes(found, "documents", documents, texts)
-    _contents(found, f"lines of {LINE} characters and more" if lines else "documents", texts)
+
+    def names(split: str, some: list[int]) -> list[str]:
+        """Read again, since the names of all may not fit in memory."""
+        if lines:
+            every = (f"'{line[:LINE]}...'" for document in read[split] for line in _lines(document.text))
+        else:
+            every = (document.name for document in read[split] if document.part == 0)
+        met = {place: name for place, name in enumerate(islice(every, max(some) + 1)) if place in some}
+        return [met[place] for place in some]
+
+    _contents(found, f"lines of {LINE} characters and more" if lines else "documents", texts, names)
     if (size := texts["train"].tokens) < ENOUGH:
         found.warn(f"train has {size:,} bytes: pre-training reads them again and again and may learn them by heart; add text")
     _suggest(found, root, found.path, {"era": "era"}, CONTEXT, CONTEXT // 2, texts)
@@ -70,10 +80,12 @@ def task(found: Findings, root: Path, own: bool) -> None:
     """Labelled texts; with `own` also to pre-train on, if they are enough."""
     path = root / found.path
     characters, empty = _Characters(), []
+    places: dict[str, list[str]] = {split: [] for split in SPLITS}
     count: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for place, split, text, label, _ in rows(found.path, path):
         characters.add(text)
         count[split][label.strip()] += 1
+        places[split].append(place_in(path, place))
         if not text.strip() or not label.strip():
             empty.append(place)
     labels = sorted({*chain(*count.values())})
@@ -89,9 +101,15 @@ def task(found: Findings, root: Path, own: bool) -> None:
             texts[split].add(example.text, made.labels.index(example.label))
         texts[split].read(Document("", example.text) for example in made.splits[split])
     _sizes(found, "texts", {split: len(made.splits[split]) for split in SPLITS}, texts)
-    classes(found, "texts", found.facts["classes"])
-    _contents(found, "texts", texts, labelled=True)
     groups = {split: {example.group for example in made.splits[split]} - {None} for split in SPLITS}
+    alone = sum(example.group is None for example in made.splits["test"])
+    if any(groups.values()):
+        for split in SPLITS:
+            found.facts["splits"][split]["groups"] = len(groups[split])
+    classes(found, "texts", found.facts["classes"], len(groups["test"]) + alone)
+    _contents(found, "texts", texts, lambda split, some: [places[split][place] for place in some], labelled=True)
+    if alone and groups["test"]:
+        found.warn(f"{alone:,} texts of test have no group: intervals then take none for alike; give all of them one")
     if shared := groups["test"] & groups["train"]:
         found.warn(
             f"{len(shared):,} of {len(groups['test']):,} groups of test are in train too, such as '{min(shared)}': test is like "
@@ -171,20 +189,22 @@ class _Texts:
     """The texts of a split, in a view: lengths and hashes of each, and what they are together."""
 
     def __init__(self, seen: str) -> None:
-        self.characters, self.bytes, self.labels, self.hashes = array("q"), array("q"), array("q"), array("Q")
+        self.characters, self.bytes, self.labels = array("q"), array("q"), array("q")
+        self.hashes, self.exact = array("Q"), array("Q")
         self.characters_in_all = self.tokens = 0
         self._seen = seen
 
     def add(self, text: str, label: int = 0, goes_on: bool = False) -> None:
         """A text, or what the last one goes on with."""
-        data = encoded(view(text, self._seen))
+        data, own = encoded(view(text, self._seen)), encoded(text)
         self.characters_in_all += len(text)
         if goes_on:
             self.characters[-1] += len(text)
             self.bytes[-1] += len(data)
             self.hashes[-1] = _hash(self.hashes[-1].to_bytes(8) + data)
+            self.exact[-1] = _hash(self.exact[-1].to_bytes(8) + own)
         else:
-            self._append(len(text), len(data), data, label)
+            self._append(len(text), len(data), data, own, label)
 
     def add_lines(self, text: str) -> None:
         """Lines of LINE characters and more as texts of their own.
@@ -196,12 +216,13 @@ class _Texts:
         known = data if self._seen == "bytes" else data.translate(_LOWER, _LOST)
         for line, own, key in zip(text.split("\n"), data.split(b"\n"), known.split(b"\n"), strict=True):
             if len(line) >= LINE:
-                self._append(len(line), len(own), key, 0)
+                self._append(len(line), len(own), key, own, 0)
 
-    def _append(self, characters: int, size: int, data: bytes, label: int) -> None:
+    def _append(self, characters: int, size: int, data: bytes, own: bytes, label: int) -> None:
         self.characters.append(characters)
         self.bytes.append(size)
         self.hashes.append(_hash(data))
+        self.exact.append(_hash(own))
         self.labels.append(label)
 
     def read(self, documents: Iterable[Document]) -> None:
@@ -210,6 +231,10 @@ class _Texts:
 
     def bytes_each(self) -> np.ndarray:
         return np.array(self.bytes)
+
+
+def _lines(text: str) -> Iterator[str]:
+    return (line for line in text.split("\n") if len(line) >= LINE)
 
 
 def _hash(data: bytes) -> int:
@@ -223,15 +248,19 @@ def _sizes(found: Findings, unit: str, number: dict[str, int], texts: dict[str, 
     }
 
 
-def _contents(found: Findings, unit: str, texts: dict[str, _Texts], labelled: bool = False) -> None:
+def _contents(
+    found: Findings, unit: str, texts: dict[str, _Texts], names: Callable[[str, list[int]], list[str]], labelled: bool = False
+) -> None:
     """Lengths and what repeats; of nothing but empty texts or short lines, neither."""
     characters, size = (np.concatenate([np.array(getattr(texts[s], of)) for s in SPLITS]) for of in ("characters", "bytes"))
     if len(size):
         found.facts["lengths"] = {"of": unit, "characters": spread(characters), "bytes": spread(size)}
-    there = {split: texts[split].bytes_each() > 0 for split in SPLITS}
-    hashes = {split: np.array(texts[split].hashes)[there[split]] for split in SPLITS}
-    labels = {split: np.array(texts[split].labels)[there[split]] for split in SPLITS}
-    duplicates(found, unit, hashes, labels if labelled else None)
+    known = {}
+    for split in SPLITS:
+        (there,) = np.nonzero(texts[split].bytes_each())
+        arrays = (np.array(of)[there] for of in (texts[split].hashes, texts[split].exact, texts[split].labels))
+        known[split] = Known(*arrays, lambda some, split=split, there=there: names(split, there[some].tolist()))
+    duplicates(found, unit, known, "in the view text27, without case, signs and spacing", labelled)
     found.facts["empty"] = int((size == 0).sum())
 
 
@@ -240,13 +269,19 @@ def _holding(length: float) -> int:
     return next((size for size in CONTEXTS if size >= length), CONTEXTS[-1])
 
 
+def fitting(context: int, tokens: int) -> int:
+    """The context, halved until a split of so many tokens is longer."""
+    while context >= tokens:
+        context //= 2
+    return context
+
+
 def _suggest(
     found: Findings, root: Path, source: str, tasks: dict[str, str], context: int, crop: int, texts: dict[str, _Texts]
 ) -> int:
     """Sections of params.yaml, with a context for which every split has enough text; that context."""
     smallest = min(SPLITS, key=lambda split: texts[split].tokens)
-    while context >= texts[smallest].tokens:
-        context //= 2
+    context = fitting(context, texts[smallest].tokens)
     if context < CONTEXTS[0]:
         raise Failure(f"{root / found.path}: {smallest} has too little text for a context of {CONTEXTS[0]} bytes; add some")
     seen = found.facts["view"]["suggested"]

@@ -35,6 +35,33 @@ def test_what_repeats_is_found_after_it_is_brought_to_one_size(root):
     assert warned(found, "images under several labels: 1")
 
 
+def test_repeated_images_are_named_and_whether_they_were_changed(root):
+    path = lay(root, "split images")
+    for label in "01":
+        (path / f"valid/c{label}").mkdir(parents=True)
+        (path / f"train/c{label}/{int(label) + 32}.png").rename(path / f"valid/c{label}/a.png")
+    grey = Image.open(path / "train/c0/2.png").convert("L")
+    grey.save(path / "train/c0/2.png")
+    grey.convert("RGB").save(path / "test/c0/copy1.png")
+    Image.open(path / "train/c0/4.png").save(path / "test/c0/copy2.bmp")
+    where = "test/c0/copy1.png (train: train/c0/2.png), test/c0/copy2.bmp (train: train/c0/4.png)"
+    found = check(path, root)
+    assert warned(found, "2 images of test (14.3 %) are in train too (1 of them only once they have one size and colour): ")
+    assert warned(found, f"such as {where}")
+
+
+def test_a_class_that_a_split_lacks_is_named(root):
+    draws = np.random.default_rng(0)
+    x = {f"x_{split}": draws.integers(0, 256, (n, 16, 16), np.uint8) for split, n in (("train", 30), ("valid", 9), ("test", 20))}
+    y = {"y_train": np.arange(30) % 3, "y_valid": np.arange(9) % 3, "y_test": np.arange(20) % 2}
+    np.savez(root / "data/a.npz", **x, **y)
+    found = check(root / "data/a.npz", root)
+    assert warned(
+        found, "1 class of train is not in test ('2'), so no score is about it; put images of it there, by x_train, x_valid"
+    )
+    assert not warned(found, "not in valid")
+
+
 def test_large_long_and_transparent_images(root):
     for i in range(20):
         place = root / f"data/mine/c{i % 2}"

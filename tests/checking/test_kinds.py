@@ -58,7 +58,12 @@ def test_prepare_finds_what_was_said(root, form):
         ("a.csv", "text;label\na;b\n", r"its columns 'text;label' are parted by semicolons; write it with commas, or as \.tsv"),
         ("a.csv", "sentence,class\na,b\n", "no field 'text' among 'sentence', 'class'; rename"),
         ("a.csv", "", "holds no records"),
-        ("a.csv", "text,label\n" + "a text,one\n" * 9, "the valid split is empty"),
+        (
+            "a.csv",
+            "text,label\na,x\nb,y\n",
+            "splits are drawn, .* of 2 records valid and test got none; add more, or a field 'split'",
+        ),
+        ("a.jsonl", json_lines({"text": "x", "group": str(i % 2)} for i in range(400)), "of 400 records valid and test got none"),
         ("a.jsonl", json_lines(rows(400, split="train")[:9]), "the valid split is empty"),
         ("a.jsonl", json_lines([*rows(), {"text": "x"}]), "line 401: no field 'label' among 'text'"),
         ("a.jsonl", json_lines({"text": row["text"], "label": "one"} for row in rows()), "the one label 'one'; a task needs"),

@@ -4,6 +4,7 @@ import tracemalloc
 
 import pytest
 
+from pipeline.checking import check
 from pipeline.checking.texts import CONTEXT
 from tests.checking.conftest import json_lines, rows, text
 
@@ -39,8 +40,10 @@ def test_what_repeats_is_counted_as_the_view_has_it(checked, view):
     repeated = found.facts["duplicates"]
     assert repeated["train"] == 1 and repeated["valid in train"] == 20
     assert repeated["test in train"] == (20 if view == "text27" else 0)
-    assert warned(found, r"20 texts of valid \(33\.3 %\) are in train too")
-    assert warned(found, r"20 texts of test \(4\.0 %\) are in train too") is (view == "text27")
+    where = r"line 301 \(train: line 1\), line 302 \(train: line 1\), line 303 \(train: line 3\)$"
+    assert warned(found, rf"20 texts of valid \(33\.3 %\) are in train too: .*, such as {where}")
+    only = r"20 texts of test \(4\.0 %\) are in train too \(20 of them only in the view text27, without case, signs and spacing\)"
+    assert warned(found, only) is (view == "text27")
     # The first two have the same text and two labels; so have their copies, where capitals count.
     assert warned(found, f"texts under several labels: {1 if view == 'text27' else 2};")
 
@@ -52,7 +55,17 @@ def test_lines_of_a_text_that_repeat(checked):
     assert found.facts["duplicates"]["train"] == 0
     # But for a line that a border cuts in two.
     assert 99 <= sum(found.facts["duplicates"][key] for key in ("valid in train", "test in train")) <= 100
-    assert warned(found, r"lines of 40 characters and more of .* are in train too")
+    assert warned(found, r"lines of 40 characters and more of .* are in train too: .* such as 'alpha [a-z ]{34}\.\.\.'")
+
+
+def test_documents_that_repeat_have_their_names(root):
+    for split in ("train", "test"):
+        for i in range(20):
+            path = root / f"data/mine/{split}/{i:02}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("" if i < 2 else f"{split} " * (i != 7) + text(37 * i + 10**7) * 3)
+    found = check(root / "data/mine", root)
+    assert warned(found, r"1 documents of test .* such as test/07\.txt \(train: train/07\.txt\)$")
 
 
 def test_classes_that_are_few_large_or_untested(checked):
@@ -60,18 +73,32 @@ def test_classes_that_are_few_large_or_untested(checked):
     found = [row | {"label": "rare" if i == 7 else "l0" if i % 50 else "l1"} for i, row in enumerate(found)]
     found = checked("a.jsonl", json_lines(found))
     assert warned(found, "1 class has under 10 texts in train, such as 'rare' with 1: too few")
-    assert warned(found, "1 class is not in test, such as 'rare'")
+    assert warned(found, r"1 class of train is not in valid \('rare'\), so the model .* by a field 'split' in the file")
+    assert warned(found, r"1 class of train is not in test \('rare'\), so no score is about it")
     assert warned(found, r"always answering 'l0' is right in 98\.0 % of test; read macro-F1")
     assert warned(
-        checked("b.jsonl", json_lines(split_rows(test=50))), "test has 50 texts, which tell an accuracy to within 14 points"
+        checked("b.jsonl", json_lines(split_rows(test=50))),
+        r"test has 50 texts, .* within 14 points \(95 %\); give it more, by a",
     )
 
 
 def test_groups_on_both_sides(checked):
     found = [row | {"group": f"{row['split'][:1]}{i // 10}"} for i, row in enumerate(split_rows())]
-    assert not warned(checked("a.jsonl", json_lines(found)), "groups")
+    assert not warned(checked("a.jsonl", json_lines(found)), "groups of test are in train")
     found[-1]["group"] = found[0]["group"]
     assert warned(checked("a.jsonl", json_lines(found)), "1 of 51 groups of test are in train too, such as 't0'")
+
+
+def test_texts_of_a_group_tell_no_more_than_one(checked):
+    found = [row | {"group": f"{row['split']}{i % 25}"} for i, row in enumerate(split_rows())]
+    done = checked("a.jsonl", json_lines(found))
+    assert [done.facts["splits"][split]["groups"] for split in ("train", "valid", "test")] == [25, 25, 25]
+    assert warned(done, r"test has 500 texts of 25 groups, .* within 20 points \(95 %\) if .* more groups, by a field 'split'")
+    del found[-1]["group"]
+    assert warned(checked("a.jsonl", json_lines(found)), "1 texts of test have no group: intervals then take none for alike")
+    done = checked("a.jsonl", json_lines(row | {"group": f"{i}"} for i, row in enumerate(split_rows(test=50))))
+    assert warned(done, "test has 50 texts, which tell")
+    assert "groups" not in checked("a.jsonl", json_lines(split_rows())).facts["splits"]["test"]
 
 
 @pytest.mark.parametrize(
