@@ -28,7 +28,7 @@ Workflow:
   vqmoe train -S model.layers=2     the same with changed params (repeat -S)
   vqmoe track sync                  send what runs could not record while MLflow was out of reach
   vqmoe preset                      other experiments, those of the paper among them
-  vqmoe data check PATH             what it would make of data of your own, and the params for it
+  vqmoe data check PATH...          what it would make of data of your own, and the params for it
   vqmoe doctor                      what this machine has, and what would stop a run
 Stages, in order, as `dvc repro` calls them:
   prepare > pretrain > warmup > finetune > robustness > report, and compute
@@ -412,14 +412,16 @@ def data() -> None:
     pass
 
 
-@data.command("check", help="What vqmoe would make of the file or folder PATH, and what to put into params.yaml for it.")
+@data.command(
+    "check", help="What vqmoe would make of the files or folders PATHS, and what to put into params.yaml for all of them at once."
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.argument("path", type=click.Path(path_type=Path))
-def data_check(path: Path, as_json: bool) -> None:
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+def data_check(paths: tuple[Path, ...], as_json: bool) -> None:
     from stages.check import run
     from stages.paths import Paths
 
-    run(path, Paths.here().root, as_json)
+    run(paths, Paths.here().root, as_json)
 
 
 @main.command(help="Serve the MLflow pages of the recorded runs on this machine, until interrupted.")

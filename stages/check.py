@@ -1,41 +1,61 @@
 """What was found out about data of one's own, for a terminal."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import click
 
-from pipeline.checking import Findings, as_yaml, check
+from pipeline.checking import Findings, as_yaml, check, known, together
 from pipeline.checking.findings import percent
 from pipeline.data.tables import SPLITS
 from pipeline.errors import Failure
 
 SHOWN, FILES = 12, 5  # classes, and files that are not UTF-8
-WIDTH = 110
+WIDTH, NAME = 110, 14  # characters of a line, and of a class that has room beside its sizes
 
 
-def run(path: Path, root: Path, as_json: bool) -> None:
-    """Print what is found and the params to paste. Raises Failure, at the end, if `prepare` would refuse the data."""
-    found = check(path, root)
+def run(paths: Sequence[Path], root: Path, as_json: bool) -> None:
+    """Print what is found and the params to paste, of several paths those of one experiment with all of them.
+
+    Raises UsageError, before anything is read, for a path that is none, and Failure, at the end, if `prepare` would refuse one.
+    """
+    paths = list({os.path.abspath(path): path for path in paths}.values())
+    for path in paths:
+        known(path)
+    every = [check(path, root) for path in paths]
+    whole = every[0] if len(every) == 1 else together(every)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+        more = {} if len(every) == 1 else {"data": [found.as_json() for found in every]}
+        click.echo(json.dumps(whole.as_json() | more, indent=2, ensure_ascii=False))
+    elif len(every) == 1:
+        show(whole)
     else:
-        show(found)
-    if found.problem:
-        raise Failure(found.problem)
+        for place, found in enumerate(every):
+            click.echo("\n" * (place > 0) + found.path)
+            show(found, params=False)
+        if whole.warnings:
+            click.echo()
+        show(whole)
+    if len(every) > 1:
+        for found in every:
+            if found.problem:
+                click.echo(f"vqmoe: {found.problem}", err=True)
+    if whole.problem:
+        raise Failure(whole.problem)
 
 
-def show(found: Findings) -> None:
+def show(found: Findings, params: bool = True) -> None:
     for name, value in _lines(found.facts):
         click.echo(f"{name:<16}{value}")
     for warning in found.warnings:
         click.echo(
             fill(warning, WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
         )
-    if found.params:
+    if params and found.params:
         begin = f"Begin with `vqmoe preset {found.preset} > params.yaml`. " if found.preset else ""
         click.echo(f"\n{begin}Put this into params.yaml, in place of what it has for these keys:\n\n{as_yaml(found)}", nl=False)
 
@@ -94,7 +114,12 @@ def _classes(classes: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
     for place, name in enumerate(shown):
         if len(shown) < len(largest) and place == len(shown) - 1:
             yield "  ...", ""
-        yield f"  {name if len(name) <= 13 else name[:10] + '...'}", "".join(f"{classes[name][split]:>12,}" for split in SPLITS)
+        sizes = "".join(f"{classes[name][split]:>12,}" for split in SPLITS)
+        if len(name) > NAME:
+            yield fill(name, WIDTH, initial_indent="  ", subsequent_indent="    "), ""
+            yield "", sizes
+        else:
+            yield f"  {name}", sizes
 
 
 def _row(splits: dict[str, dict[str, int]], unit: str) -> str:

@@ -33,6 +33,40 @@ def test_findings_warnings_and_params_are_printed(place):
     assert max(map(len, lines)) < 200
 
 
+def test_several_are_described_in_turn_and_have_one_set_of_params(place):
+    lay(place, ".csv")
+    lay(place, ".txt")
+    done = checked("data/mine.csv", "data/mine.txt")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "data/mine.csv" and lines[1].startswith("form  ") and lines[lines.index("data/mine.txt") - 1] == ""
+    assert done.stdout.count("Put this into params.yaml") == 1 == done.stdout.count("  corpus: ")
+    assert "\n  corpus: data/mine.txt\n" in done.stdout and "\n    mine: data/mine.csv\n" in done.stdout
+    assert checked(place / "data/mine.csv", "data/mine.csv").stdout == checked("data/mine.csv").stdout
+    printed = json.loads(checked("data/mine.csv", "data/mine.txt", "--json").stdout)
+    assert [found["path"] for found in printed["data"]] == ["data/mine.csv", "data/mine.txt"]
+    assert printed["params"]["data"]["corpus"] == "data/mine.txt" and printed["problem"] is None
+
+
+def test_of_several_the_faulty_are_named_and_a_wrong_name_is_said_at_once(place):
+    lay(place, ".csv")
+    (place / "data/a.csv").write_text("text\n")
+    done = checked("data/a.csv", "data/mine.csv")
+    assert done.exit_code == 1 and "classes" in done.stdout and "Put this" not in done.stdout
+    first, second = done.stderr.splitlines()
+    assert "a.csv: holds no records" in first and "mend data/a.csv first" in second
+    done = checked("data/mine.csv", "data/none.csv")
+    assert (done.exit_code, done.stdout) == (2, "") and "data/none.csv: not found" in done.stderr
+
+
+def test_long_labels_are_whole(place):
+    label = "language-resources-and-evaluation"
+    (place / "data/a.jsonl").write_text(json_lines(row | {"label": label if i % 2 else "l0"} for i, row in enumerate(rows())))
+    lines = checked("data/a.jsonl").stdout.splitlines()
+    row = lines[lines.index(f"  {label}") + 1]
+    assert row.startswith(" " * 16) and sum(map(int, row.split())) == 200
+
+
 def test_json_has_the_same(place):
     lay(place, ".csv")
     found = json.loads(checked("data/mine.csv", "--json").stdout)
