@@ -258,7 +258,10 @@ def generate(
     use.generate(model or use.default_model(_load(file, overrides), here, "pretrain"), here.root, prompt, length, sampling, seed)
 
 
-@main.command(help="Label texts, lines of text FILES (- is standard input) or images, by a classifier.")
+@main.command(
+    help="Label texts, lines of text FILES (- is standard input) or images, by a classifier: one line for each, in their order. "
+    "A blank line, or a text of which the model reads nothing, has the label - (in JSON null)."
+)
 @_with_params
 @_with_model("outputs/finetune")
 @click.option("--text", "texts", multiple=True, help="A text to label; repeatable.")

@@ -105,6 +105,10 @@ class TextClassifier:
         ids = [self.tokenizer.encode_some(view(text, self.spec.view))[: self.model.backbone.context] for text in texts]
         return classify(self.model, ids, self.tokenizer.pad, self.model.backbone.infer_mode).softmax(1).numpy()
 
+    def reads(self, text: str) -> bool:
+        """Whether the view of training leaves anything of a text but blanks."""
+        return bool(view(text, self.spec.view).strip())
+
 
 @dataclass(frozen=True)
 class ImageClassifier:

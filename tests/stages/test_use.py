@@ -29,13 +29,40 @@ def test_texts_lines_and_standard_input_are_labelled(served, tmp_path):
     done = invoke("classify", "--model", folder, "--json", "--text", "given", file, "-", input="from outside\n")
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in done.output.splitlines()]
-    assert [row["text"] for row in rows] == ["given", "first line", "second line", "from outside"]
+    assert [row["text"] for row in rows] == ["given", "first line", "", "second line", "from outside"]
+    assert rows.pop(2) == {"text": "", "label": None, "probabilities": None}
     for row in rows:
         assert set(row["probabilities"]) == {"a", "b"} and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
     table = invoke("classify", "--model", folder, "--text", "given " * 20)
     label, share, *text = table.output.split()
     assert label in ("a", "b") and 0.5 <= float(share) <= 1 and text[-1].endswith("...")
+
+
+def test_every_line_has_one_in_its_place(served, tmp_path):
+    folder, file = served("classifier", view="text27"), tmp_path / "lines.txt"
+    # More than are labelled at a time, and what other readers take for the end of a line.
+    lines = ["", "a\u2028b\x0cc", "日本", "  ", *map("line {}".format, range(100)), ""]
+    file.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+    table = invoke("classify", "--model", folder, file)
+    labels = [line.split()[0] for line in table.output.splitlines()]
+    assert table.exit_code == 0 and len(labels) == len(lines)
+    assert [place for place, label in enumerate(labels) if label == "-"] == [0, 2, 3, len(lines) - 1]
+    as_json = invoke("classify", "--model", folder, "--json", "-", input=file.read_bytes()).output
+    rows = [json.loads(line) for line in as_json.removesuffix("\n").split("\n")]
+    assert [row["text"] for row in rows] == lines and [row["label"] or "-" for row in rows] == labels
+    nothing = invoke("classify", "--model", folder, "--text", "日本")
+    assert nothing.exit_code == 0 and nothing.output.split() == ["-", "-", "日本"]
+
+
+def test_a_file_without_a_line_is_named_and_the_others_are_labelled(served, tmp_path):
+    folder, empty, full = served("classifier"), tmp_path / "empty.txt", tmp_path / "full.txt"
+    empty.touch()
+    full.write_text("\n")
+    done = invoke("classify", "--model", folder, empty)
+    assert done.exit_code == 1 and done.output == f"vqmoe: {empty}: empty; nothing to label\n"
+    done = invoke("classify", "--model", folder, empty, full)
+    assert done.exit_code == 1 and done.stdout == "-  -\n" and f"{empty}: empty" in done.stderr
 
 
 @pytest.mark.parametrize(
