@@ -232,7 +232,9 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
         click.echo(f"Models and results: {out}")
 
 
-@main.command(help="Go on with a text, by a language model; the same seed gives the same text.")
+@main.command(
+    help="Go on with a text, by a language model; the same seed gives the same text. The prompt is printed as the model reads it."
+)
 @_with_params
 @_with_model("outputs/pretrain")
 @click.option("--prompt", default="the", show_default=True, help="What the text begins with.")

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline import serving, tracking
 from pipeline.config import Params
 from pipeline.data import archives, tables
-from pipeline.errors import Failure, UsageError
+from pipeline.errors import Failure, UsageError, nearest
 from stages.paths import Cell, Paths
 
 # Texts or images at a time, so that there may be more of them than memory.
@@ -27,7 +27,8 @@ def folder_of(source: str | Path, root: Path) -> Iterator[Path]:
     """The folder of the model that `source` names: that folder itself, or one of its files that is there until the end.
 
     Other than a folder it names a run, by the first characters of its id, or a registered model: `models:/name@alias` or
-    `models:/name/version`. Raises UsageError for one that there is not, Failure if the store or the files cannot be read.
+    `models:/name/version`. Raises UsageError for one of these that there is not, Failure for a folder that is not there and if
+    the store or the files cannot be read.
     """
     with found(source, root) as (folder, _):
         yield folder
@@ -36,9 +37,16 @@ def folder_of(source: str | Path, root: Path) -> Iterator[Path]:
 @contextmanager
 def found(source: str | Path, root: Path) -> Iterator[tuple[Path, tracking.Recorded | None]]:
     """As `folder_of`, and the run that made the model, if it was not a folder that was named."""
-    if Path(source).exists() or not tracking.names_model(str(source)):
+    if Path(source).exists():
         yield Path(source), None
         return
+    if not tracking.names_model(str(source)):
+        known = [str(file.parent.relative_to(root)) for file in (root / "outputs").rglob("model.json")]
+        raise Failure(
+            f"{source}: no such folder, and no run id or registered model; name a folder with model.json, such as "
+            "outputs/pretrain/vqmoe-s0, the first characters of a run id, or models:/name@alias"
+            f"{nearest(str(source), known)}"
+        )
     with tempfile.TemporaryDirectory(prefix="vqmoe-") as temporary:
         yield tracking.fetch(root, str(source), Path(temporary))
 
@@ -79,9 +87,12 @@ def classify(source: str | Path, root: Path, texts: Sequence[str], files: Sequen
 
 
 def default_model(params: Params, paths: Paths, stage: str) -> Path:
-    """What a stage left of the first cell of the grid."""
+    """What a stage left of the first cell of the grid. Raises Failure if it left nothing yet."""
     task = next(iter(params.data.tasks), None) if stage == "finetune" else None
-    return paths.output(stage, Cell(params.grid.methods[0], params.grid.seeds[0], task))
+    folder = paths.output(stage, Cell(params.grid.methods[0], params.grid.seeds[0], task))
+    if not folder.exists():
+        raise Failure(f"{folder}: not found; run `dvc repro`, or name a model by --model")
+    return folder
 
 
 def _texts(texts: Sequence[str], files: Sequence[Path], empty: list[str]) -> Iterator[tuple[str, str]]:

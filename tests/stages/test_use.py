@@ -73,12 +73,25 @@ def test_a_file_without_a_line_is_named_and_the_others_are_labelled(served, tmp_
         ("classifier", ["classify"], "nothing to label"),
         ("classifier", ["classify", "missing.txt"], "missing.txt: not found"),
         ("language-model", ["generate", "--top-p", "2"], "top-p is 2.0"),
+        ("text27", ["generate", "--prompt", "日本"], "prompt '日本': nothing of it is left in the view of this model (text27"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(served, kind, arguments, line):
-    done = invoke(*arguments, "--model", served(kind))
+    folder = served(view="text27") if kind == "text27" else served(kind)
+    done = invoke(*arguments, "--model", folder)
     assert done.exit_code == (1 if "not found" in line else 2)
     assert line in done.output and len(done.output.splitlines()) == 1
+
+
+def test_the_three_forms_of_a_model_are_told(trained):
+    done = invoke("generate", "--model", "zz")
+    assert done.exit_code == 1 and len(done.output.splitlines()) == 1
+    assert done.output.startswith("vqmoe: zz: no such folder")
+    assert all(form in done.output for form in ("a folder with model.json", "a run id", "models:/name@alias"))
+    assert invoke("generate", "--model", "outputs/pretrain/smo-s0").output.endswith("(did you mean outputs/pretrain/smoe-s0?)\n")
+    (trained.root / "outputs/pretrain/vqmoe-s0").rename(trained.root / "elsewhere")
+    done = invoke("generate")
+    assert done.exit_code == 1 and "vqmoe-s0: not found; run `dvc repro`, or name a model by --model" in done.output
 
 
 def test_a_model_is_named_by_its_run(trained):
