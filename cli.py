@@ -362,7 +362,10 @@ def grid(jobs: int, cells: tuple[str, ...]) -> None:
     run_grid(_load(None, ()), Paths.here().root, jobs, cells)
 
 
-@main.command(help="Run again what a run was made from, in a clean work tree; compare metrics and weights, then and now.")
+@main.command(
+    help="Run again what a run was made from, in a clean work tree; compare metrics and weights, then and now. "
+    "RUN_ID, or its first characters, is on the run's page of `vqmoe ui`, and is the run_id in the files of results/."
+)
 @click.argument("run_id")
 @click.option("--keep", is_flag=True, help="Leave the work tree, beside the repository.")
 def reproduce(run_id: str, keep: bool) -> None:
