@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Container, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import config, tracking
 from pipeline.data import corpora, published, tasks
-from pipeline.errors import Failure, UsageError, nearest
+from pipeline.errors import Failure, UsageError
 from pipeline.moe.layer import SETTINGS
 from stages.paths import of_images
 
@@ -69,12 +70,13 @@ def _data(data: config.Data, root: Path) -> Iterator[Finding]:
         # Loads torchvision, which texts need not wait for.
         from pipeline.data.image_sets import PUBLISHED, image_source, stored_images
 
-        corpus = task = (image_source, {"digits", *PUBLISHED}, stored_images)
+        corpus = task = shift = (image_source, {"digits", *PUBLISHED}, stored_images)
     else:
         corpus = (corpora.source, {*corpora.PUBLISHED}, corpora.load_corpus)
+        shift = (*corpus[:2], partial(corpora.load_corpus, key="data.shifts"))
         task = (tasks.task_source, {"era", *published.TASKS}, lambda name, root: tasks.load_task(name, {}, root, 0))
     given = data.model_dump()
-    for key, reading in {"corpus": corpus, "tasks": task, "shifts": corpus, "outside": corpus}.items():
+    for key, reading in {"corpus": corpus, "tasks": task, "shifts": shift, "outside": shift}.items():
         if named := [data.corpus] if key == "corpus" else [*given.get(key, {}).values()]:
             yield Finding(f"data.{key}", ", ".join(named), "; ".join(filter(None, (_lost(one, root, *reading) for one in named))))
 
@@ -82,15 +84,13 @@ def _data(data: config.Data, root: Path) -> Iterator[Finding]:
 def _lost(
     name: str, root: Path, place: Callable[[str, Path], Path], fetched: Container[str], load: Callable[[str, Path], Any]
 ) -> str:
-    """What `prepare` would say if the data that `name` stands for is missing, and the nearest name beside it; else ""."""
+    """What `prepare` would say if the data that `name` stands for is missing; else ""."""
     if name in fetched or corpora.exists(place(name, root)):
         return ""
     try:
         load(name, root)
     except (UsageError, Failure) as error:
-        folder = (root / name).parent
-        beside = [str(Path(name).parent / other.name) for other in folder.iterdir()] if os.path.isdir(folder) else []
-        return f"{error}{nearest(name, beside)}"
+        return str(error)
     return ""
 
 

@@ -79,11 +79,12 @@ def test_data_that_is_not_there_is_named_by_its_key(place):
     (place / "data/kinds.csv").touch()
     change(place, "corpus: sotu", "corpus: enwik")
     change(place, "    era: era ", "    era: imdb\n    mine: data/kinds.csv\n    kinds: data/kinds.cvs")
+    change(place, "    austen: austen ", "    austen: austen\n    old: none.txt")
     (place / "data/austen.txt.xz").unlink()
     corpus, tasks, shifts = problems(*keys)
     assert "'enwik': neither a corpus by name" in corpus and "(did you mean enwik8?)" in corpus
     assert tasks.startswith("data.tasks has 'data/kinds.cvs': neither era") and tasks.endswith("(did you mean data/kinds.csv?)")
-    assert "austen.txt.xz: not found; restore it with `git checkout data/austen.txt.xz`" in shifts
+    assert "austen.txt.xz: not found; restore it with `git checkout data/austen.txt.xz`; data.shifts has 'none.txt'" in shifts
 
 
 def test_images_that_are_not_there_are_named(place):
