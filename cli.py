@@ -232,7 +232,9 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
         click.echo(f"Models and results: {out}")
 
 
-@main.command(help="Go on with a text, by a language model; the same seed gives the same text.")
+@main.command(
+    help="Go on with a text, by a language model; the same seed gives the same text. The prompt is printed as the model reads it."
+)
 @_with_params
 @_with_model("outputs/pretrain")
 @click.option("--prompt", default="the", show_default=True, help="What the text begins with.")
@@ -258,7 +260,10 @@ def generate(
     use.generate(model or use.default_model(_load(file, overrides), here, "pretrain"), here.root, prompt, length, sampling, seed)
 
 
-@main.command(help="Label texts, lines of text FILES (- is standard input) or images, by a classifier.")
+@main.command(
+    help="Label texts, lines of text FILES (- is standard input) or images, by a classifier: one line for each, in their order. "
+    "A blank line, or a text of which the model reads nothing, has the label - (in JSON null)."
+)
 @_with_params
 @_with_model("outputs/finetune")
 @click.option("--text", "texts", multiple=True, help="A text to label; repeatable.")
@@ -357,7 +362,10 @@ def grid(jobs: int, cells: tuple[str, ...]) -> None:
     run_grid(_load(None, ()), Paths.here().root, jobs, cells)
 
 
-@main.command(help="Run again what a run was made from, in a clean work tree; compare metrics and weights, then and now.")
+@main.command(
+    help="Run again what a run was made from, in a clean work tree; compare metrics and weights, then and now. "
+    "RUN_ID, or its first characters, is on the run's page of `vqmoe ui`, and is the run_id in the files of results/."
+)
 @click.argument("run_id")
 @click.option("--keep", is_flag=True, help="Leave the work tree, beside the repository.")
 def reproduce(run_id: str, keep: bool) -> None:

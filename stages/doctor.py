@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline import config, tracking
+from pipeline.data import corpora, published, tasks
 from pipeline.errors import Failure, UsageError
 from pipeline.moe.layer import SETTINGS
+from stages.paths import of_images
 
 GIB = 2**30
 # An installation takes more; a default run with its cache less.
@@ -29,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def examine(root: Path) -> Iterator[Finding]:
-    """Versions, machine, params, git, DVC, MLflow's store and disk, as far as they can be found out."""
+    """Versions, machine, params and data, git, DVC, MLflow's store and disk, as far as they can be found out."""
     tags = tracking.surroundings(root)
     yield Finding("vqmoe", version("vqmoe"))
     for name in sorted(tag for tag in tags if tag.startswith("vqmoe.version.")):
@@ -37,7 +40,7 @@ def examine(root: Path) -> Iterator[Finding]:
     yield Finding("cpu", f"{tags['vqmoe.cpu']}, {len(os.sched_getaffinity(0))} cores, {tags['vqmoe.threads']} threads")
     yield Finding("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.1f} GiB")
     yield Finding("gpu", tags["vqmoe.gpu"] or "none")
-    yield _params(root)
+    yield from _params(root)
     commit = tags.get("mlflow.source.git.commit")
     changed = ", with changes" if tags.get("vqmoe.git_dirty") == "true" else ""
     lost = "" if commit else "no commit here: runs cannot be reproduced; `git init` and commit, or clone the repository"
@@ -50,13 +53,45 @@ def examine(root: Path) -> Iterator[Finding]:
         yield Finding(name, f"{free / GIB:.1f} GiB free in {place}", full)
 
 
-def _params(root: Path) -> Finding:
+def _params(root: Path) -> Iterator[Finding]:
     try:
         params = config.load(root / "params.yaml", SETTINGS)
     except (UsageError, Failure) as error:
-        return Finding("params.yaml", "cannot be used", str(error))
+        yield Finding("params.yaml", "cannot be used", str(error))
+        return
     grid = f"{', '.join(params.grid.methods)}; seeds {', '.join(map(str, params.grid.seeds))}"
-    return Finding("params.yaml", f"{grid}; on {params.machine.device}")
+    yield Finding("params.yaml", f"{grid}; on {params.machine.device}")
+    yield from _data(params.data, root)
+
+
+def _data(data: config.Data, root: Path) -> Iterator[Finding]:
+    """What is learnt from and tested on; a problem where that has no name to be fetched by and is not there. Nothing is read."""
+    if of_images(data.view):
+        # Loads torchvision, which texts need not wait for.
+        from pipeline.data.image_sets import PUBLISHED, image_source, stored_images
+
+        corpus = task = shift = (image_source, {"digits", *PUBLISHED}, stored_images)
+    else:
+        corpus = (corpora.source, {*corpora.PUBLISHED}, corpora.load_corpus)
+        shift = (*corpus[:2], partial(corpora.load_corpus, key="data.shifts"))
+        task = (tasks.task_source, {"era", *published.TASKS}, lambda name, root: tasks.load_task(name, {}, root, 0))
+    given = data.model_dump()
+    for key, reading in {"corpus": corpus, "tasks": task, "shifts": shift, "outside": shift}.items():
+        if named := [data.corpus] if key == "corpus" else [*given.get(key, {}).values()]:
+            yield Finding(f"data.{key}", ", ".join(named), "; ".join(filter(None, (_lost(one, root, *reading) for one in named))))
+
+
+def _lost(
+    name: str, root: Path, place: Callable[[str, Path], Path], fetched: Container[str], load: Callable[[str, Path], Any]
+) -> str:
+    """What `prepare` would say if the data that `name` stands for is missing; else ""."""
+    if name in fetched or corpora.exists(place(name, root)):
+        return ""
+    try:
+        load(name, root)
+    except (UsageError, Failure) as error:
+        return str(error)
+    return ""
 
 
 def _dvc(root: Path) -> Finding:
@@ -80,6 +115,5 @@ def _dvc(root: Path) -> Finding:
 
 def _store(root: Path) -> Finding:
     where, unsent, problem = tracking.reach(root)
-    if not problem and unsent:
-        problem = f"{unsent} runs are not sent yet; `vqmoe track sync` sends them"
-    return Finding("mlflow store", where, problem)
+    waiting = f"; runs unsent or unfinished: {unsent} (the next run or `vqmoe track sync` sends them)" if unsent else ""
+    return Finding("mlflow store", f"{where}{waiting}", problem)

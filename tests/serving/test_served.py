@@ -93,7 +93,9 @@ def test_the_prompt_is_read_in_the_view_of_training(served):
     assert model.read("The 2 Dogs, ") == "the two dogs "
     assert model.read("The 2 Dogs,") == "the two dogs"
     assert text(model, "A, b") == text(model, "a b")
-    assert text(model, "")
+    assert text(model, "") == text(model, " ")
+    with pytest.raises(UsageError, match=r"prompt '日本': nothing of it is left in the view of this model \(text27: letters a-z"):
+        text(model, "日本")
 
 
 def test_classified_one_by_one_or_together_is_the_same(served):
@@ -149,3 +151,16 @@ def test_another_tokenizer_or_no_folder_is_one_line(served, tmp_path):
         serving.load(folder)
     with pytest.raises(Failure, match="missing: no such folder"):
         serving.load(tmp_path / "missing")
+
+
+def test_the_models_in_a_folder_are_named(served, tmp_path):
+    folder, stage = served("classifier"), tmp_path / "finetune"
+    (stage / "s0").mkdir(parents=True)
+    folder.rename(stage / "s0/era")
+    for above in (stage / "s0", stage):
+        with pytest.raises(Failure) as refused:
+            serving.load(above)
+        assert str(refused.value) == f"{above}/model.json: not found; name one of its models: {stage}/s0/era"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Failure, match=r"model\.json: not found; run the stage"):
+        serving.load(tmp_path / "empty")

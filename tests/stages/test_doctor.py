@@ -15,6 +15,7 @@ def place(tmp_path, monkeypatch):
     """A folder with the files that commands look for, outside of any repository."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "data", tmp_path / "data", ignore=shutil.ignore_patterns("archives"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(doctor, "_dvc", lambda root: doctor.Finding("dvc stages", "up to date"))
@@ -66,11 +67,42 @@ def test_what_would_stop_a_run_is_named(place, monkeypatch):
     assert str(place) in disk
 
 
-def test_runs_that_wait_to_be_sent_are_counted(place):
+def change(place, before, after):
+    text = (place / "params.yaml").read_text()
+    assert before in text
+    (place / "params.yaml").write_text(text.replace(before, after))
+
+
+def test_data_that_is_not_there_is_named_by_its_key(place):
+    keys = ("data.corpus", "data.tasks", "data.shifts")
+    assert problems(*keys) == ["", "", ""]
+    (place / "data/kinds.csv").touch()
+    change(place, "corpus: sotu", "corpus: enwik")
+    change(place, "    era: era ", "    era: imdb\n    mine: data/kinds.csv\n    kinds: data/kinds.cvs")
+    change(place, "    austen: austen ", "    austen: austen\n    old: none.txt")
+    (place / "data/austen.txt.xz").unlink()
+    corpus, tasks, shifts = problems(*keys)
+    assert "'enwik': neither a corpus by name" in corpus and "(did you mean enwik8?)" in corpus
+    assert tasks.startswith("data.tasks has 'data/kinds.cvs': neither era") and tasks.endswith("(did you mean data/kinds.csv?)")
+    assert "austen.txt.xz: not found; restore it with `git checkout data/austen.txt.xz`; data.shifts has 'none.txt'" in shifts
+
+
+def test_images_that_are_not_there_are_named(place):
+    shutil.copy(REPOSITORY / "presets/vision/digits.yaml", place / "params.yaml")
+    assert problems("data.corpus", "data.tasks") == ["", ""]
+    change(place, "corpus: digits", "corpus: digit")
+    change(place, "tasks:", "tasks:\n    nets: imagenet")
+    corpus, tasks = problems("data.corpus", "data.tasks")
+    assert "'digit': neither images by name" in corpus and "(did you mean digits?)" in corpus
+    assert tasks.startswith("imagenet: put train/<class>/")
+
+
+def test_runs_that_wait_to_be_sent_are_counted_and_stop_nothing(place):
     spool = place / ".mlflow/spool"
     spool.mkdir(parents=True)
     (spool / "a.jsonl").write_text("")
-    assert problems("mlflow store") == ["1 runs are not sent yet; `vqmoe track sync` sends them"]
+    assert problems("mlflow store") == [""]
+    assert "; runs unsent or unfinished: 1 (the next run or `vqmoe track sync` sends them)" in examined()[1]
 
 
 def test_a_damaged_database_is_named(place):

@@ -75,7 +75,7 @@ def test_the_card_says_what_the_run_and_results_say(trained, tmp_path, by):
     assert ("pre-training", "sotu", *SOURCES["sotu"]) in known
     assert ("fine-tuning", "data/toy.csv", "not known", "not known") in known
     assert ("finetune.steps", "4") in known and ("model.width", "16") in known and ("labels", "a, b") in known
-    assert "accuracy 0.750, majority 0.500." in card
+    assert "always answering the commonest label of train (majority): accuracy % 75.0, majority's accuracy % 50.0." in card
 
 
 def test_the_card_of_a_language_model_tells_its_modes_apart(trained, tmp_path):

@@ -29,13 +29,40 @@ def test_texts_lines_and_standard_input_are_labelled(served, tmp_path):
     done = invoke("classify", "--model", folder, "--json", "--text", "given", file, "-", input="from outside\n")
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in done.output.splitlines()]
-    assert [row["text"] for row in rows] == ["given", "first line", "second line", "from outside"]
+    assert [row["text"] for row in rows] == ["given", "first line", "", "second line", "from outside"]
+    assert rows.pop(2) == {"text": "", "label": None, "probabilities": None}
     for row in rows:
         assert set(row["probabilities"]) == {"a", "b"} and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
     table = invoke("classify", "--model", folder, "--text", "given " * 20)
     label, share, *text = table.output.split()
     assert label in ("a", "b") and 0.5 <= float(share) <= 1 and text[-1].endswith("...")
+
+
+def test_every_line_has_one_in_its_place(served, tmp_path):
+    folder, file = served("classifier", view="text27"), tmp_path / "lines.txt"
+    # More than are labelled at a time, and what other readers take for the end of a line.
+    lines = ["", "a\u2028b\x0cc", "日本", "  ", *map("line {}".format, range(100)), ""]
+    file.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+    table = invoke("classify", "--model", folder, file)
+    labels = [line.split()[0] for line in table.output.splitlines()]
+    assert table.exit_code == 0 and len(labels) == len(lines)
+    assert [place for place, label in enumerate(labels) if label == "-"] == [0, 2, 3, len(lines) - 1]
+    as_json = invoke("classify", "--model", folder, "--json", "-", input=file.read_bytes()).output
+    rows = [json.loads(line) for line in as_json.removesuffix("\n").split("\n")]
+    assert [row["text"] for row in rows] == lines and [row["label"] or "-" for row in rows] == labels
+    nothing = invoke("classify", "--model", folder, "--text", "日本")
+    assert nothing.exit_code == 0 and nothing.output.split() == ["-", "-", "日本"]
+
+
+def test_a_file_without_a_line_is_named_and_the_others_are_labelled(served, tmp_path):
+    folder, empty, full = served("classifier"), tmp_path / "empty.txt", tmp_path / "full.txt"
+    empty.touch()
+    full.write_text("\n")
+    done = invoke("classify", "--model", folder, empty)
+    assert done.exit_code == 1 and done.output == f"vqmoe: {empty}: empty; nothing to label\n"
+    done = invoke("classify", "--model", folder, empty, full)
+    assert done.exit_code == 1 and done.stdout == "-  -\n" and f"{empty}: empty" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -46,12 +73,25 @@ def test_texts_lines_and_standard_input_are_labelled(served, tmp_path):
         ("classifier", ["classify"], "nothing to label"),
         ("classifier", ["classify", "missing.txt"], "missing.txt: not found"),
         ("language-model", ["generate", "--top-p", "2"], "top-p is 2.0"),
+        ("text27", ["generate", "--prompt", "日本"], "prompt '日本': nothing of it is left in the view of this model (text27"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(served, kind, arguments, line):
-    done = invoke(*arguments, "--model", served(kind))
+    folder = served(view="text27") if kind == "text27" else served(kind)
+    done = invoke(*arguments, "--model", folder)
     assert done.exit_code == (1 if "not found" in line else 2)
     assert line in done.output and len(done.output.splitlines()) == 1
+
+
+def test_the_three_forms_of_a_model_are_told(trained):
+    done = invoke("generate", "--model", "zz")
+    assert done.exit_code == 1 and len(done.output.splitlines()) == 1
+    assert done.output.startswith("vqmoe: zz: no such folder")
+    assert all(form in done.output for form in ("a folder with model.json", "a run id", "models:/name@alias"))
+    assert invoke("generate", "--model", "outputs/pretrain/smo-s0").output.endswith("(did you mean outputs/pretrain/smoe-s0?)\n")
+    (trained.root / "outputs/pretrain/vqmoe-s0").rename(trained.root / "elsewhere")
+    done = invoke("generate")
+    assert done.exit_code == 1 and "vqmoe-s0: not found; run `dvc repro`, or name a model by --model" in done.output
 
 
 def test_a_model_is_named_by_its_run(trained):
