@@ -54,7 +54,8 @@ def test_the_models_of_the_example_are_used(served):
 
 
 def test_the_example_of_own_data_prints_that(tmp_path, monkeypatch):
-    copy, command, output = re.search(r"## Your own data\n\n```\nmake setup.*?\n(.*?)\n(.*?)\n```.*?```\n(.*?)```", README, re.S).groups()
+    pattern = r"## Your own data\n\n```\nmake setup.*?\n(.*?)\n(.*?)\n```.*?```\n(.*?)```"
+    copy, command, output = re.search(pattern, README, re.S).groups()
     _, source, target, *_ = copy.split()
     assert source == "outputs/data/tasks/era/examples.jsonl"
     (tmp_path / "dvc.yaml").touch()
