@@ -2,6 +2,6 @@
 
 from pipeline.checking.findings import Findings, as_yaml
 from pipeline.checking.kinds import check, known
-from pipeline.checking.together import together
+from pipeline.checking.merge import together
 
 __all__ = ["Findings", "as_yaml", "check", "known", "together"]
