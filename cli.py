@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,43 @@ def main(quiet: bool) -> None:
         os.environ["VQMOE_QUIET"] = "1"
 
 
-def _known_methods(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
-    """For completion, which has no second to spare and no words for errors."""
-    from ruamel.yaml import YAML
+def _completed(names: Callable[[dict[str, Any]], Iterable[str]]) -> Any:
+    """For completion, which has no second to spare and no words for errors: names that there are by the params as written."""
 
+    def complete(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+        from ruamel.yaml import YAML
+
+        from stages.paths import Paths
+
+        try:
+            given = YAML(typ="safe").load(ctx.params.get("file") or Paths.here().root / "params.yaml")
+            return [name for name in names(given) if name.startswith(begun)]
+        except Exception:
+            return []
+
+    return complete
+
+
+def _keys(given: dict[str, Any], above: str = "") -> Iterator[str]:
+    """What an override may begin with."""
+    for key, value in given.items():
+        if isinstance(value, dict) and value:
+            yield from _keys(value, f"{above}{key}.")
+        elif above:
+            yield f"{above}{key}="
+
+
+def _cells(given: dict[str, Any]) -> list[str]:
+    from stages.paths import Cell
+
+    return [Cell(method, seed).name for method in given["grid"]["methods"] for seed in given["grid"]["seeds"]]
+
+
+def _models(given: dict[str, Any]) -> list[str]:
     from stages.paths import Paths
 
-    try:
-        methods = YAML(typ="safe").load(ctx.params.get("file") or Paths.here().root / "params.yaml")["methods"]
-        return [name for name in methods if name.startswith(begun)]
-    except Exception:
-        return []
+    found = Paths.here().root.glob("outputs/*/**/model.json")
+    return sorted(os.path.relpath(file.parent) for file in found)
 
 
 def _presets() -> dict[str, Path]:
@@ -92,9 +119,14 @@ def _known_presets(ctx: click.Context, parameter: click.Parameter, begun: str) -
 
 
 def _with_params(command: Any) -> Any:
-    command = click.option("-S", "overrides", multiple=True, metavar="section.key=value", help="Override a param; repeatable.")(
-        command
-    )
+    command = click.option(
+        "-S",
+        "overrides",
+        multiple=True,
+        metavar="section.key=value",
+        shell_complete=_completed(_keys),
+        help="Override a param; repeatable.",
+    )(command)
     return click.option(
         "--params", "file", type=click.Path(path_type=Path), help="The experiment. Default: params.yaml of the repository."
     )(command)
@@ -102,7 +134,7 @@ def _with_params(command: Any) -> Any:
 
 def _with_method(command: Any) -> Any:
     text = "A section under methods. Default: the first of grid.methods."
-    return click.option("--method", shell_complete=_known_methods, help=text)(command)
+    return click.option("--method", shell_complete=_completed(lambda given: given["methods"]), help=text)(command)
 
 
 def _with_cell(command: Any) -> Any:
@@ -112,7 +144,7 @@ def _with_cell(command: Any) -> Any:
 
 def _with_model(place: str) -> Any:
     text = f"A folder with model.json, a run id, or models:/name@alias. Default: the first method and seed under {place}."
-    return click.option("--model", metavar="MODEL", help=text)
+    return click.option("--model", metavar="MODEL", shell_complete=_completed(_models), help=text)
 
 
 def _load(file: Path | None, overrides: tuple[str, ...], method: str | None = None, seed: int | None = None) -> Any:
@@ -161,7 +193,11 @@ def _task_stage(name: str, text: str) -> None:
     @main.command(name, help=text)
     @_with_params
     @_with_cell
-    @click.option("--task", help="A name under data.tasks. Default: the first.")
+    @click.option(
+        "--task",
+        shell_complete=_completed(lambda given: given["data"]["tasks"]),
+        help="A name under data.tasks. Default: the first.",
+    )
     def command(file: Path | None, overrides: tuple[str, ...], method: str | None, seed: int | None, task: str | None) -> None:
         _execute(name, _load(file, overrides, method, seed), task)
 
@@ -186,7 +222,13 @@ def compute(file: Path | None, overrides: tuple[str, ...], method: str | None) -
 )
 @_with_params
 @click.argument("measures", nargs=-1)
-@click.option("--method", "methods", multiple=True, help="One of the methods; repeatable. Default: grid.methods.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    shell_complete=_completed(lambda given: given["methods"]),
+    help="One of the methods; repeatable. Default: grid.methods.",
+)
 @click.option("--sort", metavar="MEASURE", help="Methods in the order of a measure, the lowest first.")
 @click.option("--by", type=click.Choice(["measure", "method"]), default="measure", show_default=True, help="What a row is.")
 @click.option("--csv", "form", flag_value="csv", help="As CSV: unrounded, with seeds and run ids.")
@@ -300,7 +342,13 @@ def register(file: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
 
 
 @main.command(help="Write a model into the folder DEST with a model card, for use without DVC and MLflow.")
-@click.option("--model", metavar="MODEL", required=True, help="A folder with model.json, a run id, or models:/name@alias.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    required=True,
+    shell_complete=_completed(_models),
+    help="A folder with model.json, a run id, or models:/name@alias.",
+)
 @click.argument("dest", type=click.Path(path_type=Path))
 def export(model: str, dest: Path) -> None:
     from stages.export import export as write
@@ -311,7 +359,9 @@ def export(model: str, dest: Path) -> None:
 
 @main.command(help="Show how models route a text, or the text or image of FILE: every token in the colour of its expert.")
 @_with_params
-@click.option("--model", "sources", multiple=True, metavar="MODEL", help="As of generate; repeatable.")
+@click.option(
+    "--model", "sources", multiple=True, metavar="MODEL", shell_complete=_completed(_models), help="As of generate; repeatable."
+)
 @click.option("--text", help="A text, in the place of FILE.")
 @click.option("--by", type=click.Choice(["expert", "code"]), default="expert", show_default=True, help="What the colours are.")
 @click.option("--noise", help="Beside the clean text the noised one: swap, delete, insert, replace, keyboard, word, case, ...")
@@ -351,7 +401,7 @@ def route(
 
 
 @main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")
-@click.argument("cells", nargs=-1)
+@click.argument("cells", nargs=-1, shell_complete=_completed(_cells))
 @click.option(
     "--jobs", required=True, type=click.IntRange(1), help="Cells at a time. OMP_NUM_THREADS is CPUs / jobs, unless set."
 )

@@ -1,6 +1,7 @@
 """The two ways a run ends badly for a reason its user can mend; the command line prints each as one line."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -23,7 +24,7 @@ class Failure(_OneLine):
     exit_code = 1
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """" (did you mean X?)" for the end of a message, where one of the known names is like the wrong one; else ""."""
+def nearest(name: str, known: Iterable[str], folder: str = "") -> str:
+    """" (did you mean X?)" for the end of a message, where one of the known names is like the wrong one, else ""; in `folder`."""
     close = difflib.get_close_matches(name, list(map(str, known)), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return f" (did you mean {os.path.join(folder, close[0])}?)" if close else ""

@@ -7,22 +7,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Failure
+from pipeline.errors import Failure, nearest
 
 
-def beside(name: str, root: Path) -> list[str]:
-    """Paths beside one (relative to `root`) that does not exist, written as it is; none if its folder does not exist either."""
-    folder = Path(name).parent
+def nearest_path(path: str | Path, root: Path, known: Iterable[str] = ()) -> str:
+    """As `errors.nearest`, for a path (relative to `root`) that is not there: of its folder, or of the first that is not there
+    either; with the known names where it might be one.
+    """
+    path = Path(path)
+    while not (root / path.parent).is_dir():
+        path = path.parent
     try:
-        return [str(folder / other) for other in sorted(os.listdir(root / folder))]
+        there = sorted(os.listdir(root / path.parent))
     except OSError:
-        return []
+        there = []
+    # Names, since in a deep folder all paths are alike.
+    return nearest(path.name, there, str(path.parent)) if path.parent != Path() else nearest(path.name, [*known, *there])
 
 
 @contextmanager

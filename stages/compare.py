@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from pipeline.errors import UsageError
-from pipeline.evaluation import findings, summary, tables
+from pipeline.evaluation import summary, tables
 from pipeline.evaluation.grid import Grid
 from pipeline.evaluation.summary import Measure
 from stages.report import show
@@ -27,8 +27,6 @@ def compare(grid: Grid, wanted: Sequence[str], sort: str | None, by: str, form: 
     """
     if not (wanted or sort or form) and by == "measure":
         show(grid)
-        if pairs := [pair for pair in findings.pairs(grid) if grid.methods[0] in (pair.first, pair.second)]:
-            tables.pair_table(f"Pairs with {grid.methods[0]}", pairs, len(grid.seeds)).show()
         return
     main = summary.measures(grid)
     named = _named([*main, *summary.timings(grid)])

@@ -29,7 +29,8 @@ SPLITS = {
     "test": "test data",
     "scratch": "test data, without pre-training",
 }
-# Tags of a run that say what it was made from.
+# Tags of a run that say what it was made from, and the one that names the run of its data.
+PREPARED = "vqmoe.upstream.prepare"
 MADE_FROM = ("vqmoe.upstream.", "vqmoe.version.python", "vqmoe.version.torch", "vqmoe.cpu", "vqmoe.gpu", "vqmoe.threads")
 
 # What a kind of model is called here, and by model hubs.
@@ -78,13 +79,13 @@ SOURCES = {
 class Origin(NamedTuple):
     """What is known of where a model comes from.
 
-    Its metrics by names such as test/bpc, its cell (method, seed, task), its run and the one that prepared its data.
+    Its metrics by names such as test/bpc, its cell (method, seed, task), its run, and the metrics of the preparation of its data.
     """
 
     metrics: Mapping[str, float] = {}
     cell: Mapping[str, Any] = {}
     run: tracking.Recorded | None = None
-    prepared: tracking.Recorded | None = None
+    prepared: Mapping[str, float] = {}
 
 
 def export(source: str, root: Path, target: Path) -> None:
@@ -97,8 +98,8 @@ def export(source: str, root: Path, target: Path) -> None:
     with found(source, root) as (folder, run):
         model = serving.load(folder)
         origin = Origin(run.model().metrics, run.params, run) if run else _beside(folder, root)
-        if origin.run and (before := origin.run.tags.get("vqmoe.upstream.prepare")):
-            origin = origin._replace(prepared=next(iter(tracking.find(root, before)), None))
+        if origin.run and (before := origin.run.tags.get(PREPARED)) and (prepared := tracking.find(root, before)):
+            origin = origin._replace(prepared=prepared[0].metrics)
         text = card(model, origin, intervals(folder, origin))
         with output_folder(target) as written:
             for file in filter(Path.exists, (folder / name for name in FILES)):
@@ -113,15 +114,23 @@ def _beside(folder: Path, root: Path) -> Origin:
     if "outputs" not in parts:
         return Origin()
     at = len(parts) - 1 - parts[::-1].index("outputs")
-    path = Path(*parts[:at], "results", *parts[at + 1 : -1], f"{parts[-1]}.json")
+    results = Path(*parts[:at], "results")
+    path, prepared = results.joinpath(*parts[at + 1 : -1], f"{parts[-1]}.json"), results / "prepare.json"
     if not path.exists():
         return Origin()
-    result = read_result(path)
+    result, before = read_result(path), read_result(prepared) if prepared.exists() else None
     run = next(iter(tracking.find(root, result["run_id"])), None)
     wrote = {md5 for tag, md5 in (run.tags if run else {}).items() if tag.startswith("md5.out.") and tag.endswith(WEIGHTS)}
     if wrote and digest(folder / WEIGHTS, "md5") not in wrote:
         raise Failure(f"{path}: is about other weights than lie in {folder}; run `dvc repro`, or export the run by its id")
-    return Origin({key.replace(".", "/"): value for key, value in flat(result["metrics"]).items()}, result, run)
+    if before and run and run.tags.get(PREPARED) != before["run_id"]:
+        before = None
+    return Origin(_metrics(result), result, run, _metrics(before) if before else {})
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    numbers = flat(result["metrics"]).items()
+    return {key.replace(".", "/"): value for key, value in numbers if isinstance(value, int | float)}
 
 
 def intervals(folder: Path, origin: Origin) -> dict[str, Estimate]:
@@ -216,9 +225,8 @@ def _limits(model: Served, origin: Origin) -> Iterator[str]:
         place, others = "perplexity", "perplexity of compressors and of unigrams"
     else:
         place, others = "bits_per_character", "bits per character of compressors and of unigrams"
-    prefix, known = f"references/{place}/", origin.prepared.metrics if origin.prepared else {}
-    scores = []
-    for key, value in known.items():
+    prefix, scores = f"references/{place}/", []
+    for key, value in origin.prepared.items():
         if key.startswith(prefix):
             key = key.removeprefix(prefix)
             name, digits, scale = SCORES.get(key, (key, 3, 1))

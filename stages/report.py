@@ -29,10 +29,10 @@ UNITS = {"bytes": "bpc", "characters": "bpc", "words": "perplexity", "bpe": "per
 
 
 def run(params: SimpleNamespace, paths: Paths) -> dict:
-    """Writes index.html, report.md, data/ (CSV) and figures/; prints claims and main table. Returns no metrics of its own."""
+    """Writes index.html, report.md, data/ (CSV) and figures/; prints as `show` does. Returns no metrics of its own."""
     grid = read(params, paths)
-    claims, timed, measures = show(grid)
-    timings, pairs = summary.timings(grid), findings.pairs(grid)
+    claims, timed, measures, pairs = show(grid)
+    timings = summary.timings(grid)
     main = tables.comparison("Methods compared", grid.methods, measures)
     numbers = {
         "claims": [claim._asdict() for claim in (*claims, *timed)],
@@ -50,10 +50,9 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
         for name, rows in numbers.items():
             write_rows(data / f"{name}.csv", rows)
         csvs = {name: (data / f"{name}.csv").read_bytes() for name in numbers}
-    first = [pair for pair in pairs if grid.methods[0] in (pair.first, pair.second)]
     with output_file(paths.report / "report.md") as file:
         # Without timings: the same params give the same file.
-        file.write_text(_text(params, grid, tables.claim_table(claims), main, first, shown), encoding="utf-8")
+        file.write_text(_text(params, grid, tables.claim_table(claims), main, pairs, shown), encoding="utf-8")
     whole = {
         "claims": tables.claim_table([*claims, *timed]),
         "methods": main,
@@ -66,13 +65,22 @@ def run(params: SimpleNamespace, paths: Paths) -> dict:
     return {}
 
 
-def show(grid: Grid) -> tuple[list[Claim], list[Claim], list[summary.Measure]]:
-    """Print the claims and the main table; returns what they are made of, claims about timings apart."""
-    claims, timed, measures = findings.claims(grid), findings.timed_claims(grid), summary.measures(grid)
+def show(grid: Grid) -> tuple[list[Claim], list[Claim], list[summary.Measure], list[findings.Pair]]:
+    """Print claims, main table and the first method's pairs; returns what they are made of, claims about timings apart."""
+    claims, timed = findings.claims(grid), findings.timed_claims(grid)
+    measures, pairs = summary.measures(grid), findings.pairs(grid)
     if claims:
         tables.claim_table([*claims, *timed]).show()
     tables.comparison("Methods compared", grid.methods, measures).show()
-    return claims, timed, measures
+    if pairs:
+        _first_pairs(grid, pairs).show()
+    return claims, timed, measures, pairs
+
+
+def _first_pairs(grid: Grid, pairs: Sequence[findings.Pair]) -> tables.Table:
+    first = grid.methods[0]
+    with_it = [pair for pair in pairs if first in (pair.first, pair.second)]
+    return tables.pair_table(f"Pairs with {first}", with_it, len(grid.seeds))
 
 
 def read(params: SimpleNamespace, paths: Paths) -> Grid:
@@ -263,11 +271,8 @@ def _text(
         "noise hurts; experts unchanged: share of assignments that noise leaves as they were (fewer experts per token or an "
         f"uneven load raise it by chance). {reads} Data: data/.",
         "",
-        *(
-            [tables.pair_table(f"Pairs with {grid.methods[0]}", pairs, len(grid.seeds)).markdown(), ""]
-            if pairs
-            else ["One method: no pairs to compare.", ""]
-        ),
+        _first_pairs(grid, pairs).markdown() if pairs else "One method: no pairs to compare.",
+        "",
         *(f"![{one.title}](figures/{one.name}.png)" for one in shown),
         "",
     ]

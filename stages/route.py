@@ -57,7 +57,11 @@ def route(
             raise UsageError("models of images; name an image file, without --text and --noise")
         shown = [_image(name, model, file) for name, model in opened]
     else:
-        text = read_text(file) if text is None else text
+        text, what = (read_text(file), str(file)) if text is None else (text, "the text")
+        if not text:
+            raise UsageError(f"{what}: empty; nothing to route")
+        for _, model in opened:
+            serving.seen_by(model.spec, text, what)
         if len(text) > CHARACTERS:
             raise UsageError(f"a text of {len(text):,} characters: at most {CHARACTERS:,} can be shown; cut it")
         shown = [_text(name, model, text, noise, paths, html is not None) for name, model in opened]

@@ -15,6 +15,7 @@ from pipeline import serving, tracking
 from pipeline.config import Params
 from pipeline.data import archives, tables
 from pipeline.errors import Failure, UsageError, nearest
+from pipeline.files import nearest_path
 from stages.paths import Cell, Paths
 
 # Texts or images at a time, so that there may be more of them than memory.
@@ -69,6 +70,10 @@ def classify(source: str | Path, root: Path, texts: Sequence[str], files: Sequen
     One line for each, in their order: where the model has nothing to read, as in a blank line, there is no label (`-`, null).
     Raises Failure, in the end, for files without a line.
     """
+    # Before the first label is out.
+    for file in files:
+        if str(file) != "-" and not file.exists():
+            raise Failure(f"{file}: not found{nearest_path(file, Path())}")
     with folder_of(source, root) as folder:
         model = serving.load(folder)
     if isinstance(model, serving.LanguageModel):

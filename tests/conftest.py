@@ -192,5 +192,13 @@ def shared_data():
 
 
 @pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def seeded():
     torch.manual_seed(0)

@@ -259,6 +259,12 @@ def test_a_quiet_stage_says_nothing(vqmoe, monkeypatch):
         ("vqmoe train --method sm", ["smoe", "smoe_dropout"]),
         ("vqmoe preset evidence/t", ["evidence/text"]),
         ("vqmoe gene", ["generate"]),
+        ("vqmoe train -S finetune.val", ["finetune.validate_every=", "finetune.validate_passages="]),
+        ("vqmoe train -S grid.s", ["grid.seeds="]),
+        ("vqmoe train -S methods.vqmoe.codes", ["methods.vqmoe.codes="]),
+        ("vqmoe warmup --task e", ["era"]),
+        ("vqmoe compare --method xm", ["xmoe"]),
+        ("vqmoe grid --jobs 2 vq", ["vqmoe-s0"]),
         ("vqmoe train --params nowhere.yaml --method sm", []),
     ],
 )
@@ -266,6 +272,20 @@ def test_names_are_completed(words, completed):
     given = {"_VQMOE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     done = subprocess.run(["vqmoe"], env=os.environ | given, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout.split() == [f"plain,{name}" for name in completed] and done.stderr == ""
+
+
+def test_models_are_completed_from_where_one_is(tmp_path):
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "params.yaml").write_text("{}")
+    for place in ("pretrain/vqmoe-s0", "finetune/vqmoe-s0/era"):
+        (tmp_path / "outputs" / place).mkdir(parents=True)
+        (tmp_path / "outputs" / place / "model.json").touch()
+    for folder, begun in ((tmp_path, ""), (tmp_path / "outputs/finetune", "../")):
+        given = {"_VQMOE_COMPLETE": "bash_complete", "COMP_WORDS": f"vqmoe export --model {begun}", "COMP_CWORD": "3"}
+        done = subprocess.run(["vqmoe"], env=os.environ | given, capture_output=True, text=True, cwd=folder)
+        found = [line.removeprefix("plain,") for line in done.stdout.split()]
+        wanted = [tmp_path / "outputs/finetune/vqmoe-s0/era", tmp_path / "outputs/pretrain/vqmoe-s0"]
+        assert found == [name for name in (os.path.relpath(one, folder) for one in wanted) if name.startswith(begun)] != []
 
 
 def test_unknown_options_and_commands_are_clicks_own(vqmoe):

@@ -3,7 +3,27 @@ import math
 import pytest
 
 from pipeline.errors import Failure
-from pipeline.files import digest, output_file, output_folder, read_json, write_json
+from pipeline.files import digest, nearest_path, output_file, output_folder, read_json, write_json
+
+
+def test_paths_are_suggested_by_the_name_that_is_wrong(tmp_path):
+    (tmp_path / "corpora/english/novels").mkdir(parents=True)
+    (tmp_path / "corpora/english/novels/emma.txt").touch()
+    (tmp_path / "corpora/english/novels/mobydick.txt").touch()
+    for path, suggested in {
+        "corpora/english/novels/emna.txt": "corpora/english/novels/emma.txt",
+        "corpora/english/novels/xyz.csv": "",
+        "corpora/englisch/novels/emma.txt": "corpora/english",
+        "copora/train.txt": "corpora",
+        "copora": "corpora",
+        "sotuu": "sotu",
+        "corpora/sotuu": "",
+        tmp_path / "copora": f"{tmp_path}/corpora",
+        "a\0b": "",
+    }.items():
+        assert nearest_path(path, tmp_path, ["sotu"]) == (f" (did you mean {suggested}?)" if suggested else ""), path
+    (tmp_path / "corpora/english/novels").chmod(0)
+    nearest_path("corpora/english/novels/emna.txt", tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):

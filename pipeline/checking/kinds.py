@@ -1,6 +1,5 @@
 """What a file or folder is: a corpus, a task or images."""
 
-import difflib
 import os
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from pipeline.data import archives, published, tables
 from pipeline.data.corpora import EMBEDDED, PUBLISHED, exists, folder_texts
 from pipeline.data.tables import SPLITS, file_kind
 from pipeline.errors import Failure, UsageError
+from pipeline.files import nearest_path
 
 # What torchvision takes for an image.
 IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -34,7 +34,9 @@ INSTEAD = {
 def known(path: Path) -> None:
     """Raises UsageError if a path is neither a file nor a folder, or cannot stand in params.yaml."""
     if not path.is_file() and not path.is_dir():
-        raise UsageError(f"{path}: {'neither a file nor a folder' if exists(path) else f'not found{_nearest(path)}'}")
+        if exists(path):
+            raise UsageError(f"{path}: neither a file nor a folder")
+        raise UsageError(f"{path}: not found{nearest_path(path, Path()) or '; check the name'}")
     if re.search("[\ud800-\udfff]", str(path)):
         raise UsageError(f"{path}: a name that is not UTF-8 cannot stand in params.yaml; rename it")
 
@@ -185,9 +187,3 @@ def _suffixes(path: Path) -> tuple[Counter[str], Path | None]:
         linked = linked or next((Path(folder, name) for name in names if Path(folder, name).is_symlink()), None)
         count.update(Path(name).suffix.lower() for name in files)
     return count, linked
-
-
-def _nearest(path: Path) -> str:
-    folder = path.parent
-    close = difflib.get_close_matches(path.name, [other.name for other in folder.iterdir()], 1) if folder.is_dir() else []
-    return f"; did you mean {folder / close[0]}?" if close else "; check the name"

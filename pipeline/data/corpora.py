@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from pipeline.data import archives, tables
 from pipeline.data.tables import CUTS, SPLITS, file_kind
-from pipeline.errors import Failure, UsageError, nearest
-from pipeline.files import beside
+from pipeline.errors import Failure, UsageError
+from pipeline.files import nearest_path
 
 EMBEDDED = {"sotu": "data/sotu.jsonl.xz", "austen": "data/austen.txt.xz"}
 # What the splits of a folder or an .npz may be called.
@@ -108,7 +108,7 @@ def load_corpus(name: str, root: Path, key: str = "data.corpus") -> Corpus:
         known = (*EMBEDDED, *PUBLISHED)
         raise UsageError(
             f"{key} has '{name}': neither a corpus by name ({', '.join(known)}) nor an existing path"
-            f"{nearest(name, (*known, *beside(name, root)))}"
+            f"{nearest_path(name, root, known)}"
         )
     kind = file_kind(path)
     if path.is_dir():

@@ -19,8 +19,8 @@ from pipeline.data import archives
 from pipeline.data.batches import generator
 from pipeline.data.corpora import exists
 from pipeline.data.image_files import ARRAYS, FOLDERS, Stored, StoredSet, read_folder, read_npz, reason
-from pipeline.errors import Failure, UsageError, nearest
-from pipeline.files import beside
+from pipeline.errors import Failure, UsageError
+from pipeline.files import nearest_path
 
 TEST_SHARE = 0.2  # of a set that comes without splits, such as digits
 
@@ -126,7 +126,7 @@ def stored_images(source: str, root: Path) -> StoredSet:
     elif not exists(path):
         raise UsageError(
             f"data has '{source}': neither images by name ({', '.join(SETS)}) nor an existing path"
-            f"{nearest(source, (*SETS, *beside(source, root)))}"
+            f"{nearest_path(source, root, SETS)}"
         )
     elif path.is_dir():
         found = read_folder(path)

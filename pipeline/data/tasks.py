@@ -11,8 +11,8 @@ import numpy as np
 from pipeline.data import archives, published, tables
 from pipeline.data.corpora import Corpus, exists, folder_texts, load_corpus, read_text
 from pipeline.data.tables import SPLITS, file_kind
-from pipeline.errors import Failure, UsageError, nearest
-from pipeline.files import beside
+from pipeline.errors import Failure, UsageError
+from pipeline.files import nearest_path
 
 ERA_FIRST, ERA_YEARS = 1790, 40
 EXAMPLES = "examples.jsonl"
@@ -57,7 +57,7 @@ def load_task(name: str, corpus: Corpus, root: Path, passage: int) -> Task:
     path = published.fetch(name, root) if name in published.TASKS else root / name
     if not exists(path):
         known = ("era", *published.TASKS)
-        near = nearest(name, (*known, *beside(name, root)))
+        near = nearest_path(name, root, known)
         raise UsageError(f"data.tasks has '{name}': neither {', '.join(known)} nor an existing path{near}")
     examples = {split: [] for split in SPLITS}
     places: dict[tuple[str, str], str] = {}

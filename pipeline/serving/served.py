@@ -84,12 +84,7 @@ class LanguageModel:
 
         Raises UsageError if the view leaves nothing of it, though it is not blank.
         """
-        seen = view(prompt, self.spec.view)
-        if prompt.strip() and not seen:
-            raise UsageError(
-                f"prompt '{prompt}': nothing of it is left in the view of this model ({self.spec.view}: letters a-z, and digits "
-                "spelled out); give it a letter or a digit"
-            )
+        seen = seen_by(self.spec, prompt, f"prompt '{prompt}'") if prompt.strip() else view(prompt, self.spec.view)
         return f"{seen} " if self.spec.view == "text27" and seen and prompt[-1].isspace() else seen
 
     @torch.no_grad()
@@ -137,6 +132,17 @@ class ImageClassifier:
             return np.empty((0, len(self.spec.labels)), dtype=np.float32)
         pixels_PCHW = np.stack([read_image(file, self.spec.view, self.spec.size) for file in files])
         return classify_images(self.model, pixels_PCHW, self.model.infer_mode).softmax(1).numpy()
+
+
+def seen_by(spec: Spec, text: str, what: str) -> str:
+    """A text in the view of a model. Raises UsageError, which begins with what it is, if that leaves nothing of it."""
+    seen = view(text, spec.view)
+    if seen:
+        return seen
+    raise UsageError(
+        f"{what}: nothing of it is left in the view of this model ({spec.view}: letters a-z, and digits spelled out); give it a "
+        "letter or a digit"
+    )
 
 
 Served = LanguageModel | TextClassifier | ImageClassifier

@@ -102,7 +102,7 @@ def test_folders_that_are_no_data(root):
 
 def test_what_is_no_file_or_folder_is_a_wrong_name(root):
     lay(root, ".csv")
-    with pytest.raises(UsageError, match=r"mime\.csv: not found; did you mean .*/data/mine\.csv\?"):
+    with pytest.raises(UsageError, match=r"mime\.csv: not found \(did you mean .*/data/mine\.csv\?\)"):
         check(root / "data/mime.csv", root)
     with pytest.raises(UsageError, match=r"q: not found; check the name"):
         check(root / "nowhere/q", root)

@@ -12,11 +12,13 @@ import cli
 from pipeline import serving
 from pipeline.data.corpora import PUBLISHED
 from pipeline.files import read_json, write_json
+from pipeline.tracking import store
 from stages.export import SOURCES, Origin, intervals
 from stages.paths import Cell
 from tests.conftest import REPOSITORY
 
 CLASSIFIER, LANGUAGE = "outputs/finetune/vqmoe-s0/toy", "outputs/pretrain/vqmoe-s0"
+REFERENCES = "always answering the commonest label of train (majority): accuracy % 75.0, majority's accuracy % 50.0."
 # Importing either is an error.
 WITHOUT = """import sys
 from pathlib import Path
@@ -75,7 +77,21 @@ def test_the_card_says_what_the_run_and_results_say(trained, tmp_path, by):
     assert ("pre-training", "sotu", *SOURCES["sotu"]) in known
     assert ("fine-tuning", "data/toy.csv", "not known", "not known") in known
     assert ("finetune.steps", "4") in known and ("model.width", "16") in known and ("labels", "a, b") in known
-    assert "always answering the commonest label of train (majority): accuracy % 75.0, majority's accuracy % 50.0." in card
+    assert REFERENCES in card
+
+
+def test_what_to_compare_with_is_in_results_where_the_store_does_not_have_it(trained, tmp_path):
+    def card():
+        target = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert export(target, "--model", CLASSIFIER).exit_code == 0
+        return (target / "README.md").read_text()
+
+    run_id = read_json(trained.result("prepare"), "")["run_id"]
+    store.connect(trained.root).delete_run(run_id)
+    assert REFERENCES in card()
+    # Of other data.
+    write_json(trained.result("prepare"), read_json(trained.result("prepare"), "") | {"run_id": "other"})
+    assert "On the same test data" not in card()
 
 
 def test_the_card_of_a_language_model_tells_its_modes_apart(trained, tmp_path):

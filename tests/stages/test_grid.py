@@ -9,7 +9,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from filelock import FileLock
 
 from pipeline import config
@@ -155,14 +154,6 @@ grid.grid(N(grid=N(methods=("vqmoe", "smoe", "xmoe"), seeds=(0,)), data=N(tasks=
         until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 10)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
     assert "Traceback" in (tmp_path / "outputs/logs/vqmoe-s0.log").read_text() or stop == signal.SIGKILL
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_two_cells_at_a_time_make_what_one_after_the_other_makes(tmp_path, one_thread, warm, monkeypatch):

@@ -211,6 +211,6 @@ def test_compare_prints_what_the_report_prints_and_writes_nothing(made, monkeypa
     done = CliRunner().invoke(main, ["compare", "--params", str(REPOSITORY / "params.yaml"), *given])
     assert done.exit_code == 0, done.output
     report.show(report.read(made.params, made.paths))
-    assert done.output.startswith(capsys.readouterr().out)
+    assert done.output == capsys.readouterr().out
     assert "Claims of the paper" in done.output and "Methods compared" in done.output
     assert contents(made.root) == before

@@ -108,6 +108,19 @@ def test_what_cannot_be_routed_is_one_line(served, arguments, line):
     assert line in done.output and len(done.output.splitlines()) == 1
 
 
+def test_a_text_of_which_nothing_is_left_is_one_line(served, tmp_path):
+    folder, file = served(view="text27"), tmp_path / "none.txt"
+    file.touch()
+    for arguments, line in {
+        ("--text", "日本"): "the text: nothing of it is left in the view of this model (text27: letters a-z, and digits spelled "
+        "out); give it a letter or a digit",
+        (file,): f"{file}: empty; nothing to route",
+        ("--text", ""): "the text: empty; nothing to route",
+    }.items():
+        done = invoke("--model", folder, *arguments)
+        assert done.exit_code == 2 and done.output == f"vqmoe: {line}\n"
+
+
 def test_models_of_texts_and_of_images_are_not_shown_together(served, image):
     folder, file = image
     assert "models of one kind" in invoke("--model", folder, "--model", served(), file).output

@@ -65,6 +65,13 @@ def test_a_file_without_a_line_is_named_and_the_others_are_labelled(served, tmp_
     assert done.exit_code == 1 and done.stdout == "-  -\n" and f"{empty}: empty" in done.stderr
 
 
+def test_a_file_that_is_not_there_is_told_before_any_label(served, tmp_path):
+    folder, full = served("classifier"), tmp_path / "full.txt"
+    full.write_text("a\n" * 100)
+    done = invoke("classify", "--model", folder, full, tmp_path / "ful.txt")
+    assert done.exit_code == 1 and done.output == f"vqmoe: {tmp_path}/ful.txt: not found (did you mean {full}?)\n"
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "line"),
     [
