@@ -1,7 +1,8 @@
 """Read what models learn from and are tested on, bring it into the form they read, and say what to compare scores with."""
 
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from pipeline.data.archives import MIB, encoded
 from pipeline.data.batches import open_tokens, write_tokens
-from pipeline.data.corpora import SPLITS, Document, Split, load_corpus, stream
+from pipeline.data.corpora import SPLITS, Document, load_corpus, stream
 from pipeline.data.references import compressors, language_references, pixels, tfidf
 from pipeline.data.tasks import Task, load_task, write_task
 from pipeline.data.tokenizers import Tokenizer
@@ -44,17 +45,22 @@ def _texts(params: SimpleNamespace, paths: Paths, folder: Path) -> tuple[dict[st
     tokenizer = Tokenizer.make(data.tokenizer, stream(corpus["train"], data.view), data.vocabulary)
     with Progress("prepare", total=sum(corpus[split].size for split in SPLITS) / MIB, unit="MiB") as progress:
         written = {
-            split: _write_split(folder / f"source/{split}.npy", corpus[split], data.view, tokenizer, progress) for split in SPLITS
+            split: _write_text(
+                folder / f"source/{split}.npy", _shown(corpus[split], progress), data.view, tokenizer, split == "test"
+            )
+            for split in SPLITS
         }
     for split in SPLITS:
         if not written[split]["tokens"]:
             raise Failure(
                 f"data.view {data.view} leaves nothing of the {split} split, which has no letters a-z; use data.view: bytes"
             )
-    for name, shift in shifts.items():
-        _write_tokens(folder / f"shifts/{name}.npy", tokenizer, stream(shift["test"], data.view))
+    others = {name: (shift["test"], data.view) for name, shift in shifts.items()}
     if data.view == "text27" and tokenizer.kind == "bytes":
-        _write_tokens(folder / "shifts/raw.npy", tokenizer, stream(corpus["test"], "bytes"))
+        others["raw"] = corpus["test"], "bytes"
+    for name, (documents, view) in others.items():
+        if not _write_text(folder / f"shifts/{name}.npy", documents, view, tokenizer, True)["tokens"]:
+            raise Failure(f"data.shifts: nothing of {name} is left in this view; use data.view: bytes, or drop it")
     tokenizer.save(folder / "source/tokenizer.json")
     for name, task in tasks.items():
         write_task(folder / "tasks" / name, task)
@@ -115,26 +121,38 @@ def _labels(task: Task, split: str) -> dict[str, int]:
     return {label: count[label] for label in task.labels}
 
 
-def _write_tokens(path: Path, tokenizer: Tokenizer, texts: Iterator[str]) -> None:
-    if not write_tokens(path, map(tokenizer.encode, texts), tokenizer.dtype):
-        raise Failure(f"data.shifts: nothing of {path.stem} is left in this view; use data.view: bytes, or drop it")
+def _shown(documents: Iterable[Document], progress: Progress) -> Iterator[Document]:
+    for document in documents:
+        yield document
+        progress.advance(len(encoded(document.text)) / MIB)
 
 
-def _write_split(path: Path, split: Split, view: str, tokenizer: Tokenizer, progress: Progress) -> Counter[str]:
-    """Write a split's tokens, of which no more than a stretch is in memory; returns what was counted on the way."""
+def _write_text(path: Path, documents: Iterable[Document], view: str, tokenizer: Tokenizer, scored: bool) -> Counter[str]:
+    """Write a text's tokens, of which no more than a stretch is in memory, and to <name>.documents.npy, of a text that is scored,
+    the place of the first of each document; returns what was counted on the way.
+    """
     counts: Counter[str] = Counter()
+    # A test split may have hundreds of thousands of documents.
+    places = array("q")
 
-    def documents() -> Iterator[Document]:
-        for document in split:
+    def counted() -> Iterator[Document]:
+        for document in documents:
             counts["documents"] += document.part == 0
             yield document
-            progress.advance(len(encoded(document.text)) / MIB)
 
     def ids() -> Iterator[np.ndarray]:
-        for text in stream(documents(), view):
+        number = 0
+        for text in stream(counted(), view):
+            if number != counts["documents"]:
+                number = counts["documents"]
+                places.append(counts["tokens"])
             counts["characters"] += len(text)
             counts["bytes"] += len(encoded(text))
-            yield tokenizer.encode(text)
+            written = tokenizer.encode(text)
+            counts["tokens"] += len(written)
+            yield written
 
-    counts["tokens"] = write_tokens(path, ids(), tokenizer.dtype)
+    write_tokens(path, ids(), tokenizer.dtype)
+    if scored:
+        np.save(path.with_suffix(".documents.npy"), np.array(places, dtype=np.int64))
     return counts

@@ -73,6 +73,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log, states: Sta
         checkpoint.save(folder, model, problem.spec)
         problem.save(folder)
         write_rows(folder / "history.csv", fitted.history)
-        (folder / "units.safetensors").write_bytes(save({scored: test.score_U for scored, test in tested.items()}))
+        units = {scored: test.score_U for scored, test in tested.items()} | tested[mode].groups
+        (folder / "units.safetensors").write_bytes(save(units))
         write_rows(folder / "routing.csv", history.rows([row["step"] for row in fitted.history]))
     return metrics

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from pipeline.config import ImageTraining
-from pipeline.data.batches import Examples, encode_examples, open_tokens, segments, spaced
+from pipeline.data.batches import Examples, encode_examples, open_documents, open_tokens, segments, spaced
 from pipeline.data.corpora import SPLITS, join
 from pipeline.data.images import ImageSet, open_set
 from pipeline.data.tasks import Task, groups, read_task
@@ -30,6 +30,7 @@ def source(params: SimpleNamespace, paths: Paths, cell: Cell) -> Problem:
         params.pretrain.validate_tokens,
         cell.seed,
         device=params.machine.device,
+        documents=open_documents(paths.source / "test.documents.npy"),
     )
 
 

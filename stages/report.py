@@ -214,7 +214,9 @@ def _units(paths: Paths, cell: Cell, base: str, tasks: Sequence[str], scores: Se
     file = "units.safetensors"
     modes = dict.fromkeys(row["mode"] for row in scores if row["model"] == base)
     pretrained = _arrays(paths.output("pretrain", cell) / file, modes)
-    units, wanted = {f"{base}/{mode}/test": score_U for mode, score_U in pretrained.items()}, forms.units(base, scores)
+    wanted = forms.units(base, scores)
+    units = {f"{base}/test/groups": pretrained.pop("groups")} if "groups" in pretrained else {}
+    units |= {f"{base}/{mode}/test": score_U for mode, score_U in pretrained.items()}
     for task in tasks:
         arrays = _arrays(paths.output("finetune", cell._replace(task=task)) / file, ["correct"])
         if "groups" in arrays:

@@ -1,17 +1,18 @@
 """The pre-trained model and the fine-tuned ones under noise, attack and shift, and what the routing does meanwhile."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 from safetensors.numpy import save
 
-from pipeline.data.batches import open_tokens
+from pipeline.data.batches import open_documents, open_tokens
 from pipeline.data.images import Images, open_images, open_set
 from pipeline.data.tasks import read_task
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.records import MEASURES, Record
-from pipeline.evaluation.text_bench import TextBench
+from pipeline.evaluation.text_bench import Numbered, TextBench
 from pipeline.files import output_folder, write_rows
 from pipeline.moe.layer import Mode
 from pipeline.progress import Progress
@@ -69,13 +70,13 @@ def _conditions(params: SimpleNamespace) -> int:
 
 def _texts(params: SimpleNamespace, paths: Paths, cell: Cell) -> Iterator[Test]:
     tokenizer = Tokenizer.load(paths.source / "tokenizer.json")
-    test = open_tokens(paths.source / "test.npy", tokenizer.size)
-    names = [file.stem for file in sorted((paths.data / "shifts").iterdir())]
-    shifts = {
-        name: open_tokens(paths.data / f"shifts/{name}.npy", tokenizer.size)
-        for name in names
-        if name == "raw" or name in params.data.shifts
-    }
+
+    def numbered(folder: Path, name: str) -> Numbered:
+        return Numbered(open_tokens(folder / f"{name}.npy", tokenizer.size), open_documents(folder / f"{name}.documents.npy"))
+
+    test, others = numbered(paths.source, "test"), paths.data / "shifts"
+    names = [file.stem for file in sorted(others.iterdir())]
+    shifts = {name: numbered(others, name) for name in names if name == "raw" or name in params.data.shifts}
 
     def bench(progress: Progress) -> TextBench:
         return TextBench(params.robustness, params.model.context, params.data.view, tokenizer, cell.seed, progress)

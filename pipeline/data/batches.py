@@ -64,6 +64,19 @@ def open_tokens(path: Path, vocabulary: int | None = None) -> np.ndarray:
     return tokens
 
 
+def open_documents(path: Path) -> np.ndarray:
+    """The places (int64) of the first tokens of the documents of a token file."""
+    try:
+        documents = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise Failure(f"{path}: not found; run `vqmoe prepare`") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise Failure(f"{path}: cannot be read ({error}); run `vqmoe prepare` again") from None
+    if documents.ndim != 1 or documents.dtype != np.int64 or documents[:1].tolist() != [0]:
+        raise Failure(f"{path}: holds no places of documents; run `vqmoe prepare` again")
+    return documents
+
+
 def token_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: int, part: slice = ALL) -> Tensor:
     """Random segments (B, context + 1)."""
     _check_length(tokens, context)
@@ -100,11 +113,21 @@ def segments(tokens: np.ndarray, context: int, limit: int | None = None) -> np.n
 
     With `limit`, at most that many, evenly spaced.
     """
+    return np.stack([tokens[start : start + context + 1] for start in segment_starts(tokens, context, limit)])
+
+
+def segment_starts(tokens: np.ndarray, context: int, limit: int | None = None) -> np.ndarray:
+    """The places (S,) at which `segments` begin."""
     _check_length(tokens, context)
-    starts = np.arange(0, len(tokens) - context, context)
-    if limit is not None and limit < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, limit).astype(int)]
-    return np.stack([tokens[start : start + context + 1] for start in starts])
+    starts_S = np.arange(0, len(tokens) - context, context)
+    if limit is not None and limit < len(starts_S):
+        starts_S = starts_S[np.linspace(0, len(starts_S) - 1, limit).astype(int)]
+    return starts_S
+
+
+def document_numbers(documents: np.ndarray, starts_S: np.ndarray) -> np.ndarray:
+    """The number (S,) of the document that each segment begins in, of documents by the places of their first tokens."""
+    return documents.searchsorted(starts_S, side="right") - 1
 
 
 def evenly(count: int, limit: int) -> np.ndarray:

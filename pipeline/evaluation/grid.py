@@ -61,11 +61,11 @@ class Grid:
 
     @cached_property
     def draws(self) -> Draws:
-        """Passages that were taken from one document are drawn together, in all samples of a task."""
-        first, groups = self.units[self.methods[0]][0], {}
-        for task in self.tasks:
-            places = {"": task, "/raw": task, "/attack": f"{task}/attack", "/test": f"{task}/test"}
-            groups |= {task + own: first[f"{at}/groups"] for own, at in places.items() if f"{at}/groups" in first}
+        """Segments and passages that were taken from one document are drawn together, in all samples."""
+        first = self.units[self.methods[0]][0]
+        groups = {name.removesuffix("/groups"): numbers_U for name, numbers_U in first.items() if name.endswith("/groups")}
+        # Of passages their raw form is a shift.
+        groups |= {f"{task}/raw": groups[task] for task in self.tasks if task in groups}
         return Draws(len(self.seeds), self.resamples, groups)
 
     def severity(self, rate: float) -> str:

@@ -40,18 +40,15 @@ class Draws:
         """Draw seeds once, for all test sets: the same models are behind them.
 
         `groups` gives by name of a test set the number (U,) of what each unit was taken from: units of one document are alike, so
-        it is documents that are drawn, with all their units.
+        it is documents that are drawn, with all their units. Of a single document the units are drawn: the interval is about it.
         """
         if min(seeds, resamples) < 1:
             raise Failure(f"bootstrap of {seeds} seeds, {resamples} resamples: both have to be at least 1")
         self.seeds, self.resamples = seeds, resamples
-        # A plain bootstrap of S seeds is too narrow by sqrt((S - 1) / S) (rescaled: Rao and Wu 1988), and knows nothing of how
-        # badly few seeds tell their own spread, which Student's t does: their part is stretched by both. One seed has nothing to
-        # draw from: its interval is about test units only.
-        stretch = math.sqrt(seeds / (seeds - 1)) * stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975) if seeds > 1 else 0.0
-        self._weight_RS = (1 + stretch * (self._counts("seeds", seeds) - 1)) / seeds
+        # One seed has nothing to draw from: its interval is about test units only.
+        self._weight_RS = (1 + _stretch(seeds) * (self._counts("seeds", seeds) - 1)) / seeds
         self._groups = groups or {}
-        self._count_RU: dict[tuple[str, int], np.ndarray] = {}
+        self._drawn: dict[tuple[str, int], tuple[np.ndarray, float]] = {}
 
     def means(self, values_SU: np.ndarray, units: str) -> np.ndarray:
         """Replicates (R,) of the mean over seeds and units.
@@ -65,20 +62,36 @@ class Draws:
             raise Failure(
                 f"{units}: values of {len(values_SU)} seeds, expected {self.seeds}; compare methods with the same seeds"
             )
-        if (units, size) not in self._count_RU:
+        if (units, size) not in self._drawn:
             group_U = self._groups.get(units, np.arange(size))
             if group_U.shape != (size,) or group_U.dtype.kind not in "iu" or group_U.min() < 0:
                 raise Failure(f"{units}: {size} units, but not as many numbers of groups; run `dvc repro`")
-            self._count_RU[units, size] = self._counts(f"units:{units}", int(group_U.max()) + 1)[:, group_U].astype(np.float64)
-        count_RU = self._count_RU[units, size]
-        # Units first and divided last: with one seed, sums of right and wrong answers are exact and ties stay ties.
-        return (self._weight_RS * (count_RU @ values_SU.T)).sum(1) / count_RU.sum(1)
+            names, group_U = np.unique(group_U, return_inverse=True)
+            if len(names) == 1:
+                names = group_U = np.arange(size)
+            count_RU = self._counts(f"units:{units}", len(names))[:, group_U].astype(np.float64)
+            self._drawn[units, size] = count_RU, _stretch(len(names))
+        count_RU, stretch = self._drawn[units, size]
+        # Sums of right and wrong answers are exact, so that a tie stays one.
+        mean_S, drawn_RS = values_SU.mean(1), (count_RU @ values_SU.T) / count_RU.sum(1, keepdims=True)
+        return (self._weight_RS * (mean_S + stretch * (drawn_RS - mean_S))).sum(1)
 
     def _counts(self, name: str, size: int) -> np.ndarray:
         """How often (R, size) each of `size` things is drawn."""
         key = hashlib.sha256(f"{_SEED}:{name}".encode()).digest()[:16]
         rng = np.random.Generator(np.random.Philox(int.from_bytes(key, "little")))
         return rng.multinomial(size, np.full(size, 1 / size), self.resamples)
+
+
+def _stretch(count: int) -> float:
+    """By how much what a bootstrap of `count` things draws has to lie farther from their mean; nothing of one thing.
+
+    A plain bootstrap is too narrow by sqrt((n - 1) / n) (rescaled: Rao and Wu 1988), and knows nothing of how badly few things
+    tell their own spread, which Student's t does.
+    """
+    if count == 1:
+        return 0.0
+    return math.sqrt(count / (count - 1)) * float(stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975))
 
 
 def estimate(value: float, replicates_R: np.ndarray) -> Estimate:

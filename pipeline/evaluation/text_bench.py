@@ -1,6 +1,7 @@
 """Language model and classifiers of texts under noise, attack and shift, text by text, and what the routing does meanwhile."""
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import TextRobustness, TextView
-from pipeline.data.batches import encode_examples, evenly, segments, spaced
+from pipeline.data.batches import document_numbers, encode_examples, evenly, segment_starts, segments, spaced
 from pipeline.data.corpora import view as viewed
 from pipeline.data.corruption import Alphabet, alphabet, corrupt_text, rng_for
 from pipeline.data.tasks import Example, Task, groups
@@ -33,6 +34,13 @@ from pipeline.progress import Progress
 from pipeline.training.validation import RoutingTally
 
 
+class Numbered(NamedTuple):
+    """Tokens of a text, and the places of the first ones of its documents."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+
+
 class TextBench:
     """Puts a language model and classifiers of texts under the noises, attacks and shifts of params."""
 
@@ -44,10 +52,10 @@ class TextBench:
         self.characters = alphabet(view)
 
     def language(
-        self, model: Transformer, mode: Mode, record: Record, test: np.ndarray, shifts: Mapping[str, np.ndarray]
+        self, model: Transformer, mode: Mode, record: Record, test: Numbered, shifts: Mapping[str, Numbered]
     ) -> tuple[RoutingTally, list[dict[str, float]]]:
         tokens, pad = self.tokenizer, self.tokenizer.pad
-        clean_segments = segments(test, self.context, self.settings.segments)
+        clean_segments, number_S = self._segments(test)
         inputs, experts = clean_segments[:, :-1], model.moe_layers[0].experts.count
         tally = RoutingTally(model)
         given = texts(inputs, self.context, pad)
@@ -70,8 +78,10 @@ class TextBench:
         for rate, given in self._attacked(loss, model, texts(inputs[some], self.context, pad)):
             noisy = language_trace(model, given, clean_segments[some], mode)
             record.add("attack", "greedy", rate, language_effect(base, noisy, given.source_ST, experts))
+        model_name = record.name["model"]
+        record.units |= {f"{model_name}/groups": number_S, f"{model_name}/attack/groups": number_S[some]}
         for name, other_text in shifts.items():
-            other = segments(other_text, self.context, self.settings.segments)
+            other, record.units[f"{model_name}/{name}/groups"] = self._segments(other_text)
             shifted = language_trace(model, texts(other[:, :-1], self.context, pad), other, mode)
             record.add("shift", name, 0.0, shift_effect(clean, shifted))
         tokens_ST = torch.from_numpy(inputs.astype(np.int64))
@@ -118,6 +128,12 @@ class TextBench:
             record.add("shift", "raw", 0.0, classifier_effect(clean, shifted, labels_S, given.source_ST, 0))
         valid_ST = plain.source_ST >= 0
         return tally, collapse(model.backbone, lambda rows: model.backbone(plain.tokens_ST[rows], mode, valid_ST[rows]), valid_ST)
+
+    def _segments(self, text: Numbered) -> tuple[np.ndarray, np.ndarray]:
+        """Segments (S, context + 1) of a text, and the number (S,) of the document that each begins in."""
+        starts_S = segment_starts(text.tokens, self.context, self.settings.segments)
+        some = segments(text.tokens, self.context, self.settings.segments)
+        return some, document_numbers(text.documents, starts_S)
 
     def _noises(self, units: Alphabet) -> Iterable[Noise]:
         for kind in self.settings.kinds:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ImageTraining
-from pipeline.data.batches import Examples
+from pipeline.data.batches import Examples, document_numbers, segment_starts
 from pipeline.data.images import Images, channel_statistics, spaced_images
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.models.build import Spec, build
@@ -92,7 +92,9 @@ class Problem(Protocol):
 
 @dataclass(frozen=True)
 class Language:
-    """Next tokens of a text. Its units are rows of the test text, in bits per token."""
+    """Next tokens of a text. Its units are rows of the test text, in bits per token; `documents` are the places of the first
+    tokens of the test text's documents.
+    """
 
     spec: Spec
     tokenizer: Tokenizer
@@ -102,6 +104,7 @@ class Language:
     seed: int
     show_tokens: int = 0
     device: str = "cpu"
+    documents: np.ndarray | None = None
 
     @property
     def unit(self) -> str:
@@ -138,10 +141,13 @@ class Language:
         return len(self.tokens["test"])
 
     def test(self, model: Transformer, mode: Mode, watch: Watch | None = None) -> Scored:
-        nats_U, count_U = row_nats(model, held_out(model, self.tokens["test"]), mode, watch=watch)
-        return Scored(
-            {self.unit: score(nats_U.sum() / count_U.sum(), self.unit).item()}, (nats_U / count_U / math.log(2)).numpy()
-        )
+        test, groups_U = self.tokens["test"], None
+        # A long row, as of a model that remembers, is of many documents.
+        if self.documents is not None and not model.evaluate_memory:
+            groups_U = document_numbers(self.documents, segment_starts(test, model.evaluate_context))
+        nats_U, count_U = row_nats(model, held_out(model, test), mode, watch=watch)
+        bits_U = (nats_U / count_U / math.log(2)).numpy()
+        return Scored({self.unit: score(nats_U.sum() / count_U.sum(), self.unit).item()}, bits_U, groups_U)
 
     def flops(self, model: Transformer, mode: Mode) -> float:
         test, length = self.tokens["test"], model.context

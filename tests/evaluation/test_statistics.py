@@ -22,8 +22,8 @@ from pipeline.evaluation.statistics import (
     p_value,
 )
 
-# Student's t at 97.5 % for one seed less, as in tables.
-T = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645}
+# Student's t at 97.5 % for one thing less, as in tables.
+T = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058, 20: 2.09302, 40: 2.02269}
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def drawn(draws, size, units):
     seeds = draws.seeds
     unit_RU = np.stack([draws.means(np.tile(row, (seeds, 1)), units) for row in np.eye(size)], 1) * size
     weight_RS = np.stack([draws.means(np.tile(row, (size, 1)).T, units) for row in np.eye(seeds)], 1)
-    return 1 + (weight_RS * seeds - 1) / (stretch(seeds) or 1), unit_RU
+    return 1 + (weight_RS * seeds - 1) / (stretch(seeds) or 1), 1 + (unit_RU - 1) / stretch(size)
 
 
-def stretch(seeds):
-    """Of a bootstrap of so many seeds to the width of Student's t."""
-    return (seeds / (seeds - 1)) ** 0.5 * T[seeds] / 1.95996 if seeds > 1 else 0
+def stretch(count):
+    """Of a bootstrap of so many things to the width of Student's t."""
+    return (count / (count - 1)) ** 0.5 * T[count] / 1.95996 if count > 1 else 0
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
@@ -54,8 +54,9 @@ def test_replicates_are_means_over_drawn_seeds_and_units(rng, seeds):
     for replicate, count_S, count_U in zip(draws.means(values, "era"), *counts, strict=True):
         units = [unit for unit in range(6) for _ in range(round(count_U[unit]))]
         chosen = [seed for seed in range(seeds) for _ in range(round(count_S[seed]))]
-        of_all = sum(values[seed, unit] for seed in range(seeds) for unit in units) / (seeds * 6)
-        of_chosen = sum(values[seed, unit] for seed in chosen for unit in units) / (seeds * 6)
+        # Of each seed the mean over the drawn units, as far from that over all as so few units may be.
+        mean_S = [sum(row) / 6 + stretch(6) * (sum(row[unit] for unit in units) / 6 - sum(row) / 6) for row in values]
+        of_all, of_chosen = sum(mean_S) / seeds, sum(mean_S[seed] for seed in chosen) / seeds
         assert replicate == pytest.approx(of_all + stretch(seeds) * (of_chosen - of_all), abs=1e-4)
 
 
@@ -71,6 +72,21 @@ def test_few_seeds_spread_as_wide_as_students_t(rng):
         replicates = Draws(seeds, 20_000).means(values, "era")
         half_width = T[seeds] * (values[:, 0].var(ddof=1) / seeds) ** 0.5
         assert 1.95996 * replicates.std() == pytest.approx(half_width, rel=0.03)
+
+
+def test_few_units_spread_as_wide_as_students_t(rng):
+    for units in (2, 3, 5):
+        values = rng.normal(size=(1, units))
+        replicates = Draws(1, 20_000).means(values, "era")
+        half_width = T[units] * (values.var(ddof=1) / units) ** 0.5
+        assert 1.95996 * replicates.std() == pytest.approx(half_width, rel=0.03)
+
+
+@pytest.mark.parametrize("units", [8, 20])
+def test_intervals_of_few_units_hold_the_true_mean_as_often_as_is_said(rng, units):
+    draws, values = Draws(1, 999), rng.normal(size=(800, units))
+    found = [estimate(row.mean(), draws.means(row[None], "era")) for row in values]
+    assert 0.93 <= sum(one.low <= 0 <= one.high for one in found) / 800 <= 0.975
 
 
 def test_a_name_decides_the_units_and_never_the_seeds(rng):
@@ -121,8 +137,9 @@ def test_intervals_are_those_of_scipy(rng):
         rng=rng,
     )
     close = 0.07 * theirs.standard_error
-    assert ours.value == a.mean() - b.mean()
-    assert ours[1:3] == pytest.approx(tuple(theirs.confidence_interval), abs=close)
+    assert ours.value == (a - b).mean()
+    wider = [ours.value + stretch(40) * (end - ours.value) for end in theirs.confidence_interval]
+    assert ours[1:3] == pytest.approx(wider, abs=close)
 
 
 def test_an_interval_leaves_out_the_fortieth_at_each_end():
@@ -280,13 +297,14 @@ def test_units_of_a_group_are_drawn_together_and_the_mean_is_over_those_drawn(rn
     groups, values = np.array([0, 0, 0, 1, 2, 2]), rng.normal(size=(2, 6))
     draws = Draws(2, 300, {"era": groups})
     found = draws.means(values, "era")
-    count_RU = drawn_units(draws, 6)
+    count_RU, _ = draws._drawn["era", 6]
     assert (count_RU[:, [0, 0, 4]] == count_RU[:, [1, 2, 5]]).all()
     assert (count_RU[:, [0, 3, 4]].sum(1) == 3).all()
     weight_RS = draws._weight_RS
     for r in range(300):
-        naive = sum(weight_RS[r, s] * sum(count_RU[r, u] * values[s, u] for u in range(6)) / count_RU[r].sum() for s in range(2))
-        assert found[r] == pytest.approx(naive)
+        mean_S = [sum(count_RU[r, u] * values[s, u] for u in range(6)) / count_RU[r].sum() for s in range(2)]
+        mean_S = [values[s].mean() + stretch(3) * (mean_S[s] - values[s].mean()) for s in range(2)]
+        assert found[r] == pytest.approx(sum(weight_RS[r, s] * mean_S[s] for s in range(2)), rel=1e-4)
     assert draws.means(values, "other") == pytest.approx(Draws(2, 300).means(values, "other"))
 
 
@@ -296,17 +314,20 @@ def test_groups_widen_the_interval_of_values_that_are_alike_in_them(rng):
         estimate(values.mean(), Draws(1, 2000, groups).means(values, "era")) for groups in ({}, {"era": np.arange(200) // 10})
     )
     # The deviation of a mean of 20, not of 200.
-    assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(np.sqrt(10), rel=0.15)
-    assert grouped.high - grouped.low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(20), rel=0.1)
+    assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(stretch(20) * np.sqrt(10), rel=0.15)
+    assert grouped.high - grouped.low == pytest.approx(stretch(20) * 2 * 1.96 * values.std() / np.sqrt(20), rel=0.1)
+
+
+def test_of_a_single_document_the_units_are_drawn(rng):
+    values = rng.normal(size=(2, 6))
+    alone = Draws(2, 300, {"era": np.full(6, 3)}).means(values, "era")
+    assert (alone == Draws(2, 300).means(values, "era")).all()
+    # Numbers that no unit has are nothing that could be drawn.
+    gaps = Draws(2, 300, {"era": np.array([0, 0, 5, 5, 9, 9])}).means(values, "era")
+    assert (gaps == Draws(2, 300, {"era": np.arange(6) // 2}).means(values, "era")).all()
 
 
 @pytest.mark.parametrize("groups", [np.arange(5), np.array(1), np.ones((6, 2), int), np.ones(6), np.arange(6) - 1])
 def test_groups_of_other_units_are_an_error(groups):
     with pytest.raises(Failure, match="era: 6 units, but not as many numbers of groups"):
         Draws(1, 50, {"era": groups}).means(np.ones((1, 6)), "era")
-
-
-def drawn_units(draws, size):
-    """How often each unit was drawn, from the draws themselves."""
-    draws.means(np.ones((draws.seeds, size)), "era")
-    return draws._count_RU["era", size]
