@@ -15,7 +15,7 @@ from pipeline.errors import Failure
 from pipeline.evaluation import findings, forms, plots, summary, tables
 from pipeline.evaluation.claims import Claim
 from pipeline.evaluation.exhibits import exhibits
-from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid, Row
+from pipeline.evaluation.grid import IMAGES, LANGUAGE, Grid, Row, units_of
 from pipeline.evaluation.html import Shown, page
 from pipeline.evaluation.pictures import Pictures
 from pipeline.files import output_file, output_folder, write_rows
@@ -214,8 +214,11 @@ def _units(paths: Paths, cell: Cell, base: str, tasks: Sequence[str], scores: Se
     file = "units.safetensors"
     modes = dict.fromkeys(row["mode"] for row in scores if row["model"] == base)
     pretrained = _arrays(paths.output("pretrain", cell) / file, modes)
-    wanted = forms.units(base, scores)
-    units = {f"{base}/test/groups": pretrained.pop("groups")} if "groups" in pretrained else {}
+    units, wanted = {}, forms.units(base, scores)
+    if "groups" in pretrained:
+        units[f"{base}/test/groups"] = pretrained.pop("groups")
+        own = dict.fromkeys(units_of(base, row["family"], row["kind"]) for row in scores if row["model"] == base)
+        wanted += [f"{name}/groups" for name in own]
     units |= {f"{base}/{mode}/test": score_U for mode, score_U in pretrained.items()}
     for task in tasks:
         arrays = _arrays(paths.output("finetune", cell._replace(task=task)) / file, ["correct"])
@@ -268,7 +271,8 @@ def _text(
         main.markdown(),
         "",
         f"{f'{few}: intervals say nothing about another training run. ' if few else ''}"
-        "Means over seeds with 95 % bootstrap intervals in brackets or +/- standard deviation. "
+        "Means over seeds with 95 % bootstrap intervals in brackets or +/- standard deviation"
+        f"{'' if grid.base == IMAGES else '; test texts of one document are drawn together'}. "
         f"{scores} Modes of pre-training and after it: {modes}. Lost to noise: mean over all kinds and severities, positive when "
         "noise hurts; experts unchanged: share of assignments that noise leaves as they were (fewer experts per token or an "
         f"uneven load raise it by chance). {reads} Data: data/.",

@@ -127,7 +127,16 @@ def _robust(grid: Grid, rivals: Sequence[str]) -> list[Claim]:
             gained[name] = _gain(grid, ours, sample, CLAIMED)
     measured = {name: one for name, one in gained.items() if one}
     adjusted = dict(zip(measured, holm([one.p for one in measured.values()]), strict=True))
-    return [_claim(name, one, CLAIMED, len(grid.seeds), p_holm=adjusted.get(name)) for name, one in gained.items()]
+    coarse = _too_coarse(len(measured), grid.resamples)
+    return [_claim(name, one, CLAIMED, len(grid.seeds), coarse, adjusted.get(name)) for name, one in gained.items()]
+
+
+def _too_coarse(tests: int, resamples: int) -> str:
+    """A remark where no p value can be small enough for a claim among so many, whatever the data say."""
+    least = 2 / (resamples + 1)
+    if tests * least < 0.05:
+        return ""
+    return f"{resamples} resamples are too few for {tests} tests; report.resamples: {40 * tests} or more"
 
 
 def _flops(grid: Grid) -> list[Claim]:

@@ -110,7 +110,7 @@ class Grid:
                     name = f"{row['model']}/{row['mode']}/{row['kind']}/{row['rate']!r}/{what}"
                     shape = units[name].shape
                     if len(shape) != 1 or shape != shapes.setdefault(
-                        _same_units(row["model"], row["family"], row["kind"]), shape
+                        units_of(row["model"], row["family"], row["kind"]), shape
                     ):
                         raise Failure(
                             f"units of {method}, seed {seed}: {name} is of shape {shape}, others are not; run `dvc repro`"
@@ -157,7 +157,7 @@ class Grid:
             values_SU = np.array([np.mean([seed[name] for name in names], axis=0) for seed in self.units[method]])
         except (KeyError, ValueError) as error:
             raise Failure(f"units of {method}: not those of its scores ({error}); run `dvc repro`") from None
-        return Sample(values_SU, _same_units(model, family, "" if family == "test" else conditions[0][0]))
+        return Sample(values_SU, units_of(model, family, "" if family == "test" else conditions[0][0]))
 
     def interval(self, sample: Sample | None) -> Estimate | None:
         """Mean over seeds and units with its 95 % bootstrap interval."""
@@ -201,7 +201,7 @@ class Grid:
         return [row for row in self.tables["layers"] if (row["method"], row["model"], row["mode"]) == wanted]
 
 
-def _same_units(model: str, family: str, kind: str) -> str:
+def units_of(model: str, family: str, kind: str) -> str:
     """A name for the units of a condition: clean and noisy ones are the same; attacks and shifts have their own."""
     own = f"/{kind}" if family in OTHER_DATA else {"attack": "/attack", "test": "/test"}.get(family, "")
     return model + own

@@ -7,11 +7,14 @@ import torch
 
 from pipeline.data.batches import (
     Examples,
+    document_numbers,
     encode_examples,
     example_batch,
+    open_documents,
     open_tokens,
     padded,
     rows,
+    segment_starts,
     segments,
     spaced,
     stream_batch,
@@ -126,6 +129,25 @@ def test_segments_predict_every_token_but_the_first_once():
     assert few[:, 0].tolist() == [0, 80]
     with pytest.raises(Failure, match="a split has 20 tokens, one segment needs 21"):
         segments(tokens[:20], 20)
+
+
+def test_a_segment_has_the_number_of_the_document_it_begins_in():
+    documents, tokens = np.array([0, 3, 40, 41, 80]), np.arange(101)
+    for context, limit in ((20, None), (7, None), (7, 5)):
+        starts = segment_starts(tokens, context, limit)
+        assert starts.tolist() == segments(tokens, context, limit)[:, 0].tolist()
+        naive = [max(number for number, first in enumerate(documents) if first <= start) for start in starts]
+        assert document_numbers(documents, starts).tolist() == naive
+
+
+@pytest.mark.parametrize("damaged", [b"", b"no", np.ones(3), np.array([1, 2]), np.array([], dtype=np.int64), np.array([[0]])])
+def test_damaged_places_of_documents(tmp_path, damaged):
+    path = tmp_path / "t.documents.npy"
+    with pytest.raises(Failure, match=r"t\.documents\.npy: not found; run `vqmoe prepare`"):
+        open_documents(path)
+    path.write_bytes(damaged) if isinstance(damaged, bytes) else np.save(path, damaged)
+    with pytest.raises(Failure, match=r"t\.documents\.npy: .*; run `vqmoe prepare` again$"):
+        open_documents(path)
 
 
 def test_examples_are_cut_viewed_and_shuffled_in_epochs():

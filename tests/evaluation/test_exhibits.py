@@ -62,12 +62,10 @@ def test_what_is_lost_beside_the_mean_of_the_methods_is_paired(found, grid):
     row = next(r for r in found["relative-language"].rows if (r["method"], r["kind"], r["rate"]) == ("vqmoe", "delete", 0.1))
     assert row["relative"] == pytest.approx(np.mean(lost["vqmoe"][0]) - np.mean([np.mean(lost[m][0]) for m in names]))
     # What all methods lose on a text alike is in none of the differences, so the band is narrow.
-    raised = [{k: v + np.linspace(0, 9, v.size) * k.endswith("/lost") for k, v in u.items()} for u in grid.units["vqmoe"]]
-    units = {m: raised if m == "vqmoe" else grid.units[m] for m in grid.methods}
-    for method in ("smoe", "dense"):
-        units[method] = [
-            {k: v + np.linspace(0, 9, v.size) * k.endswith("/lost") for k, v in u.items()} for u in grid.units[method]
-        ]
+    units = {
+        m: [{k: v + np.linspace(0, 9, v.size) if k.endswith("/lost") else v for k, v in u.items()} for u in own]
+        for m, own in grid.units.items()
+    }
     same = module._relative(dataclasses.replace(grid, units=units), "language")
     (other,) = (r for r in same.rows if (r["method"], r["kind"], r["rate"], r["seed"]) == ("vqmoe", "delete", 0.1, 0))
     assert [other[key] for key in ("mean", "low", "high")] == pytest.approx([row[key] for key in ("mean", "low", "high")])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.findings import claims, flops_saving, gains, pairs, time_saving, timed_claims, too_few
+from pipeline.evaluation.statistics import holm
 from stages.report import read
 from tests.stages import made_up
 
@@ -114,6 +115,16 @@ def test_pairs_are_differences_of_means_and_vqmoe_comes_first(rivals):
         # Holm: the smallest p times the number of pairs of the measure.
         smallest = min(same, key=lambda pair: pair.estimate.p)
         assert smallest.p_holm == pytest.approx(min(1, 6 * smallest.estimate.p))
+
+
+def test_resamples_too_few_for_so_many_claims_are_said(rivals):
+    robust = len([c for c in claims(rivals) if "more robust" in c.claim and c.measured])
+    told = f"too few for {robust} tests; report.resamples: {40 * robust} or more"
+    for resamples, said in ((40 * robust, ""), (40 * robust - 1, told)):
+        found = [c.note for c in claims(dataclasses.replace(rivals, resamples=resamples)) if "more robust" in c.claim]
+        assert found and all((said in note) if said else ("resamples" not in note) for note in found)
+    # As many p values, all the smallest that so many replicates have.
+    assert holm([2 / (40 * robust)] * robust)[0] == pytest.approx(0.05)
 
 
 def test_too_few_seeds_are_said():

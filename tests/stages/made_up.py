@@ -87,7 +87,8 @@ def _cell(paths, given, place, method, seed, kinds, rates):
             save_file({"correct": correct_U, "groups": np.arange(200) // 10}, folder / "units.safetensors")
     steps = (400, 800, 1200)
     with output_folder(paths.output("pretrain", Cell(method, seed))) as folder:
-        save_file({mode: np.linspace(-1, 1, 40) + bpc + 0.02 * i for i, mode in enumerate(modes)}, folder / "units.safetensors")
+        tested = {mode: np.linspace(-1, 1, 40) + bpc + 0.02 * i for i, mode in enumerate(modes)}
+        save_file(tested | {"groups": np.arange(40) % 8}, folder / "units.safetensors")
         write_rows(folder / "history.csv", [{"step": s, "valid/bpc": bpc + 80 / s + 0.02 * rng.random()} for s in steps])
         write_rows(
             folder / "routing.csv",
@@ -140,6 +141,8 @@ def _cell(paths, given, place, method, seed, kinds, rates):
                     {"model": model, "mode": mode, "what": what, "layer": layer, "index": i, "share": s}
                     for i, s in enumerate(shares)
                 ]
+    units["language/groups"] = np.arange(30) // 3
+    units |= {f"language/{name}/groups": np.arange(20) // 4 for name in ("raw", "austen")}
     for task in given.data.tasks:
         units |= {f"{task}/groups": np.arange(30) // 3, f"{task}/attack/groups": np.arange(10) // 2}
     with output_folder(paths.output("robustness", Cell(method, seed))) as folder:

@@ -26,6 +26,7 @@ def paths(tmp_path):
     Tokenizer.bytes().save(paths.source / "tokenizer.json")
     for split in ("train", "valid", "test"):
         write_tokens(paths.source / f"{split}.npy", [TOKENS])
+    np.save(paths.source / "test.documents.npy", np.array([0]))
     return paths
 
 

@@ -105,7 +105,7 @@ def test_the_card_of_a_language_model_tells_its_modes_apart(trained, tmp_path):
 
 
 def test_intervals_of_perplexities(tmp_path):
-    save_file({"router": np.array([2.0, 3.0, 4.0]), "dense": np.full(3, 1.0)}, tmp_path / "units.safetensors")
+    save_file({"router": np.tile([2.0, 3.0, 4.0], 10), "dense": np.full(30, 1.0)}, tmp_path / "units.safetensors")
     found = intervals(tmp_path, Origin({"test/perplexity": 8.0, "test/perplexity_dense": 2.0}))
     assert found["test/perplexity_dense"][:3] == (2, 2, 2)
     value, low, high, _ = found["test/perplexity"]

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data.batches import open_tokens
+from pipeline.data.batches import open_documents, open_tokens
 from pipeline.data.corpora import SPLITS
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure
@@ -41,8 +41,9 @@ def test_the_manifest_describes_what_was_written(tiny_params, corpus_folder, tas
     written = {path.name for path in paths.data.iterdir()} - {"manifest.json"}
     assert written == {"source", "tasks", "shifts"}
     assert [path.name for path in (paths.data / "tasks").iterdir()] == ["toy"]
-    shifts = {"other.npy"} | ({"raw.npy"} if (view, kind) == ("text27", "bytes") else set())
-    assert {path.name for path in (paths.data / "shifts").iterdir()} == shifts
+    shifts = {"other", *(("raw",) if (view, kind) == ("text27", "bytes") else ())}
+    names = {f"{name}{end}" for name in shifts for end in (".npy", ".documents.npy")}
+    assert {path.name for path in (paths.data / "shifts").iterdir()} == names
     # The shift is to the same corpus here.
     assert (paths.data / "shifts/other.npy").read_bytes() == (paths.source / "test.npy").read_bytes()
     files = {path.relative_to(paths.data).as_posix(): path for path in paths.data.rglob("*") if path.is_file()}
@@ -77,6 +78,23 @@ def _prepare(tiny_params, task_file, tmp_path, corpus, view="bytes"):
     counts = prepare.run(params.select(SECTIONS["prepare"]), paths)
     assert {path.name for path in (tmp_path / "out/outputs").iterdir()} == {"data"}
     return counts, {split: bytes(open_tokens(paths.source / f"{split}.npy").astype(np.uint8)) for split in SPLITS}
+
+
+@pytest.mark.parametrize("view", ["bytes", "text27"])
+def test_places_of_documents_are_where_they_begin(tiny_params, task_file, tmp_path, view):
+    texts = ["one two", "three ", "\u6f22", " four\n", "five 6 seven", "..."]
+    lines = [{"text": text, "split": split} for split in SPLITS for text in texts]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    counts, written = _prepare(tiny_params, task_file, tmp_path, "c.jsonl", view)
+    folder = tmp_path / "out/outputs/data/source"
+    places = open_documents(folder / "test.documents.npy").tolist()
+    parts = [written["test"][first:last] for first, last in zip(places, [*places[1:], None], strict=True)]
+    # A document of which the view leaves nothing is none; an end of a line, or a blank, lies before the next.
+    kept = [text for text in texts if view == "bytes" or text not in ("\u6f22", "...")]
+    seen = [text.replace("6", "six") if view == "text27" else text for text in kept]
+    assert [part.decode().strip() for part in parts] == [text.strip() for text in seen]
+    assert counts["documents"]["test"] == len(texts)
+    assert not (folder / "train.documents.npy").exists()
 
 
 def test_half_a_character_of_enwik8_is_its_bytes(tiny_params, task_file, tmp_path, publish):

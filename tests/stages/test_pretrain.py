@@ -2,7 +2,9 @@
 
 import csv
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from pipeline.data.batches import write_tokens
 from pipeline.data.tokenizers import Tokenizer
@@ -18,6 +20,7 @@ def paths(corpus_folder, tmp_path):
     tokenizer.save(paths.source / "tokenizer.json")
     for split in ("train", "valid", "test"):
         write_tokens(paths.source / f"{split}.npy", [tokenizer.encode((corpus_folder / f"{split}.txt").read_text())])
+    np.save(paths.source / "test.documents.npy", np.array([0, 100, 600]))
     return paths
 
 
@@ -49,4 +52,9 @@ def test_every_validation_and_layer_has_its_routing(tiny_params, paths, method, 
         mean = sum(float(row[name]) for row in routing[2:]) / 2
         assert logged[12][f"valid/{means[name]}"] == float(history[1][f"valid/{means[name]}"]) == pytest.approx(mean)
     assert "valid/fluctuation" not in logged[6]
+    units = load_file(folder / "units.safetensors")
+    assert units.keys() == {*(("both", "discrete") if method == "vqmoe" else ("router",) if names else ("dense",)), "groups"}
+    # Of segments of 32 tokens.
+    starts = np.arange(0, 32 * len(units["groups"]), 32)
+    assert units["groups"].tolist() == [0 if start < 100 else 1 if start < 600 else 2 for start in starts]
     assert metrics["valid"] == {"bpc": min(float(row["valid/bpc"]) for row in history)}

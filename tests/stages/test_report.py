@@ -115,7 +115,7 @@ def test_a_score_that_is_no_number_is_an_error(small, value):
 
 
 # What some methods and params have nothing of, and the report does without.
-OPTIONAL = ("test.bpc_discrete", "code_error", "scratch", "finetune/vqmoe-s0/era/units.safetensors groups")
+OPTIONAL = ("test.bpc_discrete", "code_error", "scratch", "/units.safetensors groups")
 OF_LAYERS = "imbalance entropy variation unused margin output_cosine cka effective_rank utilisation perplexity".split()
 
 
