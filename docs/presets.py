@@ -84,7 +84,9 @@ A table for all presets whose models differ in the vocabulary alone.
 - MFLOPs: of a forward pass to the last hidden state. Training has the shape of pre-training, memory included; inference that of
   fine-tuning, `model.context` tokens without memory. A backward pass costs about twice a forward one.
 - `smoe_dropout` and `hyperrouter` begin training with half of the experts and end with all, which is what stands here. What
-  `competesmoe` spends on competitions (in 7 % of a layer's steps), and what `drop_routed` may save, is not counted.
+  `competesmoe` spends on competitions (in 7 % of a layer's steps), and what `drop_routed` may save, is not in a
+  forward pass as it is counted here; in the training steps that `vqmoe compute` counts and times, both are, as often as they
+  happen.
 
 {costs}## Vision
 

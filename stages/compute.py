@@ -1,14 +1,16 @@
 """What training and inference cost in each mode of a method on this machine: FLOPs, time and memory."""
 
+from collections.abc import Mapping
 from itertools import count
 from types import SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import Training
-from pipeline.evaluation.compute import Work, measure, saving
+from pipeline.evaluation.compute import Work, between, measure, saving
 from pipeline.models.flops import active_parameters, count_flops
+from pipeline.moe.chance import settled
 from pipeline.training.loop import Log, Objective
 from pipeline.training.optim import adam
 from pipeline.training.problems import Problem
@@ -22,6 +24,7 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     fine-tuning and inference (`infer`) take in each mode, and the share of it that the mode of inference saves.
 
     Of those three FLOPs are all of a step, backward included. Weights are random, labels made up, batches as in the stages.
+    What happens in some steps by chance counts in FLOPs and time as often as it does, in memory whole.
     """
     source = problems.source(params, paths, cell)
     seed_everything(cell.seed, "compute")
@@ -36,8 +39,16 @@ def run(params: SimpleNamespace, paths: Paths, cell: Cell, log: Log) -> dict:
     }
     task = problems.made_up_task(params, cell, source)
     works = _works(params, source, model, task)
-    flops = {name: count_flops(work) for name, work in works.items()}
-    measured = measure(works, params.compute.repeats)
+    steps = {name: _settled(work, False) for name, work in works.items()}
+    chance = params.method.chance(len(model.moe_layers))
+    if chance:
+        steps |= {f"{name}, always": _settled(work, True) for name, work in works.items()}
+    flops = {name: count_flops(step) for name, step in steps.items()}
+    measured = measure(steps, params.compute.repeats)
+    if chance:
+        for name in works:
+            flops[name] += chance * (flops[f"{name}, always"] - flops[name])
+            measured[name] = between(measured[name], measured[f"{name}, always"], chance)
     sizes = {"train": source.step_tokens(), "finetune": task.step_tokens(), "infer": source.step_tokens()}
     for what, size in sizes.items():
         metrics[what] = {}
@@ -74,17 +85,34 @@ def _works(params: SimpleNamespace, source: Problem, model: nn.Module, task: Pro
     model.begin_step(0.5)
     tuned = task.fresh()
     task.backbone(tuned).load_state_dict(model.state_dict())
-    task.backbone(tuned).begin_step(0.5)
+    with settled(False):
+        task.backbone(tuned).begin_step(0.5)
     for layer in task.backbone(tuned).moe_layers:
         layer.freeze_assignment()
     tuning = adam(tuned, finetune.learning_rate, finetune.beta2, finetune.weight_decay)
     works = {}
     for mode in model.modes[:2]:
         objective = source.objective(model, mode)
-        works[f"train/{mode}"] = training_step(model, optimizer, objective, pretrain)
+        works[f"train/{mode}"] = training_step(model, optimizer, _half_way(model, objective), pretrain)
         works[f"finetune/{mode}"] = training_step(tuned, tuning, task.objective(tuned, mode), finetune)
         works[f"infer/{mode}"] = _inference(model, objective)
     return works
+
+
+def _settled(work: Work, outcome: bool) -> Work:
+    def settle() -> None:
+        with settled(outcome):
+            work()
+
+    return settle
+
+
+def _half_way(model: nn.Module, objective: Objective) -> Objective:
+    def begun(step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        model.begin_step(0.5)
+        return objective(step)
+
+    return begun
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, training: Training) -> Work:

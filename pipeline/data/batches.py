@@ -101,11 +101,13 @@ def stream_batch(tokens: np.ndarray, batch: int, context: int, seed: int, step: 
 def rows(tokens: np.ndarray, count: int, limit: int | None = None) -> np.ndarray:
     """The text as `count` rows (R, T + 1) to be read in order, each token but the text's first predicted once.
 
-    With `limit`, at most about that many tokens: the start of each row.
+    Fewer rows where a short text would leave some without a token to predict. With `limit`, at most about that many tokens: the
+    start of each row.
     """
     _check_length(tokens, 1)
     length = _row_length(tokens, count)
-    return _rows(tokens, count, 0, length if limit is None else min(length, max(1, limit // count)))
+    filled = -(-(len(tokens) - 1) // length)
+    return _rows(tokens, filled, 0, length if limit is None else min(length, max(1, limit // count)))
 
 
 def segments(tokens: np.ndarray, context: int, limit: int | None = None) -> np.ndarray:

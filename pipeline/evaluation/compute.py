@@ -54,6 +54,12 @@ def measure(works: Mapping[str, Work], repeats: int, clock: Callable[[], float] 
     return {name: Measured(np.array(seconds[name]), peak_memory_mib(work)) for name, work in works.items()}
 
 
+def between(one: Measured, other: Measured, share: float) -> Measured:
+    """A work that is `other` in this share of its calls, else `one`: mean time, round by round, and the greater memory."""
+    memory = [found.peak_memory_mib for found in (one, other)]
+    return Measured(one.seconds_R + share * (other.seconds_R - one.seconds_R), None if None in memory else max(memory))
+
+
 def interval(values_R: np.ndarray) -> Interval:
     """The median of at least 6 values, and the values that enclose the true one in at least 95 % of all samples.
 

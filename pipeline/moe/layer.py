@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import ranks
+from pipeline.moe.chance import happens
 from pipeline.moe.dispatch import Shift, apply_experts, combine
 from pipeline.moe.experts import Experts, FeedForward
 from pipeline.moe.losses import balance_loss
@@ -102,6 +102,9 @@ class VQMoE(nn.Module):
         commitment: Annotated[float, Field(ge=0)]
         dead_share: Annotated[float, Field(ge=0, lt=1)]
 
+        def chance(self, layers: int) -> float:
+            return self.drop_routed
+
         def check(self, experts: int) -> None:
             super().check(experts)
             if self.codes % experts:
@@ -133,7 +136,7 @@ class VQMoE(nn.Module):
                 routing = self.router(x_ND, id_N)
             y_ND = apply_experts(self.experts, x_ND, routing.index_NK, routing.weight_NK)
             return LayerOutput(y_ND, routing.losses, routing.index_NK, None, scores=routing.scores_NE.detach())
-        if mode == "both" and self.training and self._drops_routed():
+        if mode == "both" and self.training and happens(self.settings.drop_routed):
             mode = "discrete"
         with exactly(x_ND):
             quantized = self.quantizer(x_ND)
@@ -163,10 +166,6 @@ class VQMoE(nn.Module):
     def freeze_assignment(self) -> None:
         """Fine-tuning and inference keep the codes as they are."""
         self.quantizer.freeze()
-
-    def _drops_routed(self) -> bool:
-        drawn = torch.rand(())
-        return self.settings.drop_routed > 0 and bool(ranks.agreed(drawn) < self.settings.drop_routed)
 
     def _discrete_input(self, x_ND: Tensor, quantized: Quantized) -> Tensor:
         if self.settings.input == "code":

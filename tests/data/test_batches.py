@@ -121,6 +121,15 @@ def test_rows_predict_every_token_but_the_first_once():
         rows(np.arange(1), 4)
 
 
+def test_no_row_is_without_a_token_to_predict():
+    assert rows(np.arange(50), 8)[:, [0, -1]].tolist() == [[7 * row, 7 * row + 7] for row in range(7)]
+    for size in range(2, 80):
+        for limit in (None, 20):
+            assert (rows(np.arange(size), 8, limit)[:, 1] >= 0).all()
+        targets = rows(np.arange(size), 8)[:, 1:]
+        assert targets[targets >= 0].tolist() == list(range(1, size))
+
+
 def test_segments_predict_every_token_but_the_first_once():
     tokens = np.arange(101)
     parts = segments(tokens, 20)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.evaluation import compute
-from pipeline.evaluation.compute import Interval, Measured, interval, measure, peak_memory_mib, saving
+from pipeline.evaluation.compute import Interval, Measured, between, interval, measure, peak_memory_mib, saving
 from tests.conftest import REPOSITORY
 
 
@@ -48,6 +48,14 @@ def test_a_drift_of_the_machine_leaves_the_saving_alone(monkeypatch):
     measured = measure(works, 7, clock)
     assert measured["both"].seconds_R[-1] == 64 * measured["both"].seconds_R[0]
     assert saving(measured["discrete"], measured["both"]) == (0.25, 0.25, 0.25)
+
+
+def test_a_work_between_two_takes_their_mean_time_in_each_round_and_all_the_memory():
+    one, other = Measured(np.array([1.0, 2.0]), 3.0), Measured(np.array([5.0, 2.0]), 9.0)
+    found = between(one, other, 0.25)
+    assert found.seconds_R.tolist() == [2.0, 2.0]
+    assert found.peak_memory_mib == 9.0
+    assert between(one, Measured(np.ones(2), None), 0.25).peak_memory_mib is None
 
 
 def test_saving_is_the_median_over_rounds_and_not_that_of_medians():

@@ -1,3 +1,5 @@
+import math
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ from pipeline.data.batches import write_tokens
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.compute import Measured
 from pipeline.models.build import build
-from pipeline.models.flops import active_parameters, flops_per_token
+from pipeline.models.flops import active_parameters, count_flops, flops_per_token
 from pipeline.training.problems import Passages
 from stages import compute, problems
 from stages.paths import Cell, Paths
@@ -43,7 +45,7 @@ def _params(tiny_params, method, *overrides):
         ("vqmoe", ["both", "discrete"], ()),
         ("vqmoe", ["both", "discrete"], (*GATE, *XL)),
         ("smoe_dropout", ["dense", "router"], ()),
-        ("competesmoe", ["router"], ()),
+        ("competesmoe", ["router"], ("methods.competesmoe.compete=0.0",)),
         ("dense", ["dense"], ()),
     ],
 )
@@ -95,6 +97,50 @@ def test_flops_of_a_step(tiny_params, paths, seeded):
         # One expert less per layer, in every pass.
         passes, expert = 1 if what == "infer" else 3, 2 * 2 * m.width * m.expert_width
         assert costs["both"] - costs["discrete"] == pytest.approx(passes * m.layers * expert)
+
+
+def _costs(tiny_params, paths, monkeypatch, method, *overrides):
+    """FLOPs per token and seconds of each work, where the rest of a work takes a second and each billion FLOPs another."""
+
+    def measure(works, repeats):
+        return {name: Measured(np.full(repeats, 1 + 1e-9 * count_flops(work)), 7.0) for name, work in works.items()}
+
+    monkeypatch.setattr(compute, "measure", measure)
+    metrics = compute.run(_params(tiny_params, method, "model.layers=5", *overrides), paths, Cell(method, 0), None)
+    sizes, modes = {"train": 4 * 16, "finetune": 4 * 8, "infer": 4 * 16}, metrics["flops_per_token"]
+    costs = {f"{what}/{mode}": metrics[what][mode]["flops_per_token"] for what in sizes for mode in modes}
+    for what, size in sizes.items():
+        for mode in modes:
+            seconds = 1 + 1e-9 * size * costs[f"{what}/{mode}"]
+            assert metrics[what][mode]["tokens_per_second"] == pytest.approx(size / seconds, rel=1e-9)
+    return costs
+
+
+@pytest.mark.parametrize(("compete", "at_once"), [(0.07, 9), (0.5, 2), (0.3, 1), (1.0, 3)])
+def test_competitions_count_as_often_as_they_happen_in_pre_training_alone(tiny_params, paths, monkeypatch, compete, at_once):
+    def costs(compete, at_once):
+        given = (f"methods.competesmoe.compete={compete}", f"methods.competesmoe.at_once={at_once}")
+        return _costs(tiny_params, paths, monkeypatch, "competesmoe", *given)
+
+    never, always, found = costs(0.0, 5), costs(1.0, 5), costs(compete, at_once)
+    assert always["train/router"] > 1.2 * never["train/router"]
+    competing = [min(sum(layers), at_once) / 5 for layers in product((0, 1), repeat=5)]
+    odds = [math.prod(compete if one else 1 - compete for one in layers) for layers in product((0, 1), repeat=5)]
+    layer = always["train/router"] - never["train/router"]
+    expected = never | {"train/router": never["train/router"] + np.dot(odds, competing) * layer}
+    assert found == pytest.approx(expected)
+    assert all(found[name] == never[name] for name in ("finetune/router", "infer/router"))
+
+
+def test_a_dropped_path_counts_as_often_as_it_is_dropped(tiny_params, paths, monkeypatch):
+    def costs(drop):
+        return _costs(tiny_params, paths, monkeypatch, "vqmoe", f"methods.vqmoe.drop_routed={drop}", *GATE)
+
+    never, found = costs(0.0), costs(0.25)
+    for name, cost in never.items():
+        dropped = never[name.replace("both", "discrete")] if not name.startswith("infer") else cost
+        # The gate, whose weights need the routed path, goes with it.
+        assert found[name] == pytest.approx(0.75 * cost + 0.25 * dropped), name
 
 
 def _moved(work, *models):

@@ -19,7 +19,8 @@ class Fsq(Quantizer):
     what `input: residual` adds to the token; through it, and straight through the rounding, the task trains P and the
     tokens. With another `input` nothing trains P.
 
-    A code of a grid cannot move alone: where one is dead or unused, P is centred and decorrelated anew.
+    A code of a grid cannot move alone: where one is dead or unused, P is centred and decorrelated anew, if that brings most of
+    those back. Tokens in few clusters never fill a grid, and what the optimizer trains there is not to be overwritten in vain.
     """
 
     embeds = True
@@ -58,10 +59,20 @@ class Fsq(Quantizer):
         self._spread(x_ND)
 
     def _revive(self, x_ND: Tensor, dead_C: Tensor) -> None:
+        trained = [*self.down.parameters(), *self.up.parameters()]
+        before, dead = [parameter.clone() for parameter in trained], self._without(x_ND)
         self._spread(x_ND)
+        if 2 * self._without(x_ND) >= dead:
+            for parameter, was in zip(trained, before, strict=True):
+                parameter.copy_(was)
 
     def _repair(self, x_ND: Tensor, used_C: Tensor) -> None:
-        self._spread(x_ND)
+        self._revive(x_ND, ~used_C)
+
+    def _without(self, x_ND: Tensor) -> int:
+        """How many codes get so few of these tokens that they would die of it, or none."""
+        count_C = torch.bincount(self.nearest(x_ND), minlength=self.codes)
+        return int((count_C <= self.dead_share / self.codes * len(x_ND)).sum())
 
     def _spread(self, x_ND: Tensor) -> None:
         """Decorrelate P x to unit variance, by the root that turns its directions least, with medians at 0; fit Q."""

@@ -81,6 +81,10 @@ class Settings(BaseModel):
         """Whether what a token gets depends on no other token of the batch, as when a text's next tokens are predicted."""
         return True
 
+    def chance(self, layers: int) -> float:
+        """What a training step of so many layers does by chance (`moe.chance`), on average: from 0, none of it, to 1, all."""
+        return 0.0
+
     def check(self, experts: int) -> None:
         """Raise ValueError if the settings cannot work with this many experts."""
         top_k = getattr(self, "top_k", 1)

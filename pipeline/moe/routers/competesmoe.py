@@ -3,6 +3,7 @@
 Shapes: N tokens, D width, E experts, K experts per token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import ranks
+from pipeline.moe.chance import happens
 from pipeline.moe.losses import balance_loss
 from pipeline.moe.routers.base import Loss, Router, Routing, Settings, Sizes, top_k
 
@@ -29,6 +31,12 @@ class CompeteSMoE(Router):
         distil: Annotated[float, Field(ge=0)]
         compete: Annotated[float, Field(ge=0, le=1)]
         at_once: Annotated[int, Field(gt=0)]
+
+        def chance(self, layers: int) -> float:
+            """Mean number of layers that compete, over the most that do at once."""
+            most, p = min(self.at_once, layers), self.compete
+            drawn = (math.comb(layers, n) * p**n * (1 - p) ** (layers - n) for n in range(layers + 1))
+            return sum(min(n, most) * probability for n, probability in enumerate(drawn)) / most
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__(settings)
@@ -56,7 +64,7 @@ class CompeteSMoE(Router):
     @staticmethod
     def begin_step(routers: Sequence["CompeteSMoE"], done: float) -> None:
         """Draw which layers compete in this step: each with probability `compete`, at most `at_once` of those drawn."""
-        drawn = torch.tensor([place for place, router in enumerate(routers) if torch.rand(()) < router.settings.compete])
+        drawn = torch.tensor([place for place, router in enumerate(routers) if happens(router.settings.compete)])
         chosen = drawn[torch.randperm(len(drawn))[: routers[0].settings.at_once]].long()
         competing = ranks.agreed(torch.zeros(len(routers), dtype=torch.bool).index_fill(0, chosen, True))
         for router, competes in zip(routers, competing.tolist(), strict=True):

@@ -52,3 +52,23 @@ def test_centring_anew_leaves_a_good_projection_almost_alone(seeded):
         made._spread(x_ND)
     torch.testing.assert_close(made.down.weight, before, atol=1e-4, rtol=1e-4)
     assert (made.nearest(x_ND) == codes).float().mean() > 0.99
+
+
+def test_codes_that_no_projection_fills_leave_it_alone(seeded):
+    """Six clusters never fill 32 codes, however often they are spread."""
+    made, centre_KD, moved = _made(32).train(), 5 * torch.randn(6, 10), 0
+    for _ in range(200):
+        before = made.down.weight.clone()
+        made(centre_KD[torch.randint(6, (512,))] + 0.1 * torch.randn(512, 10))
+        moved += not torch.equal(made.down.weight, before)
+    assert made.share_C.gt(0.01).sum() >= 6
+    assert moved == 1  # the start
+
+
+def test_tokens_that_have_left_the_grid_are_spread_anew(seeded):
+    made, x_ND = _made(32).train(), torch.randn(4000, 10)
+    made(x_ND)
+    assert torch.bincount(made.nearest(x_ND + 5), minlength=32).min() == 0
+    for _ in range(30):
+        made(x_ND + 5)
+    assert torch.bincount(made.nearest(x_ND + 5), minlength=32).min() > 0.5 * 4000 / 32
