@@ -44,7 +44,11 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from pipeline.errors import Failure, UsageError
 
-        rank = int(os.environ.get("RANK", 0))
+        rank = 0
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # for others this would load torch, which takes seconds
+            from pipeline import ranks
+
+            rank = ranks.rank()
         try:
             return super().invoke(ctx)
         except (UsageError, Failure) as error:

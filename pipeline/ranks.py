@@ -43,7 +43,12 @@ def count() -> int:
 
 def rank() -> int:
     """Which of them this is, from 0. The first one alone records and writes."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else started("RANK", 0)
+
+
+def started(name: str, alone: int) -> int:
+    """A number that torchrun gave this process; `alone` in one that it did not start, whatever its environment says."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
 def part(batch: int) -> slice:

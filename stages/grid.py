@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pipeline import tracking
 from pipeline.errors import Failure, UsageError, nearest
+from pipeline.files import locked
 from stages.paths import GRID_STAGES, Cell, cells
 
 # A dvc that finds another at its bookkeeping waits; it would give up what it has just trained after 3 s.
@@ -27,7 +26,7 @@ def grid(params: Any, root: Path, jobs: int, chosen: Sequence[str] = ()) -> None
     """Reproduce the experiment in `root`, `jobs` cells (a method and a seed) at a time; what all share, or is timed, alone.
 
     If cells are `chosen`, by names like vqmoe-s0, reproduce these alone. Raises UsageError if there is no such cell, Failure if
-    cells fail, once the others are done, or if another process is at it.
+    cells fail, once the others are done, if another process is at it, or if logs cannot be written.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads}
@@ -41,18 +40,15 @@ def grid(params: Any, root: Path, jobs: int, chosen: Sequence[str] = ()) -> None
         if name not in commands:
             raise UsageError(f"there is no cell '{name}' in the grid; there are: {', '.join(commands)}{nearest(name, commands)}")
     commands = {name: commands[name] for name in chosen or commands}
-    (root / LOGS).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(root / LOGS / ".lock", timeout=0), tracking.terminable():
-            _alone(["prepare"], root, environment)
-            print(f"Cells: {len(commands)}, {jobs} at a time, OMP_NUM_THREADS={threads}; what they print: {LOGS}", flush=True)
-            if failed := _run(commands, jobs, root, environment, logs=True):
-                said = f"{len(failed)} of {len(commands)} cells failed: {', '.join(failed)}"
-                raise Failure(f"{said}; mend what their logs name, then run it again: it goes on from here")
-            if not chosen:
-                _alone([], root, environment)
-    except Timeout:
-        raise Failure(f"{root}: another `vqmoe grid` is at work here; wait for it, or stop it") from None
+    taken = f"{root}: another `vqmoe grid` is at work here; wait for it, or stop it"
+    with locked(root / LOGS / ".lock", 0, taken), tracking.terminable():
+        _alone(["prepare"], root, environment)
+        print(f"Cells: {len(commands)}, {jobs} at a time, OMP_NUM_THREADS={threads}; what they print: {LOGS}", flush=True)
+        if failed := _run(commands, jobs, root, environment, logs=True):
+            said = f"{len(failed)} of {len(commands)} cells failed: {', '.join(failed)}"
+            raise Failure(f"{said}; mend what their logs name, then run it again: it goes on from here")
+        if not chosen:
+            _alone([], root, environment)
 
 
 def _stages(method: str, seed: int, tasks: Sequence[str]) -> list[str]:

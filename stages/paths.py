@@ -1,5 +1,6 @@
 """Where every stage reads and writes, and which params it may see; a test holds dvc.yaml to this."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,11 @@ class Paths:
     @classmethod
     def here(cls) -> "Paths":
         """The repository around the current folder: where DVC started the stage, or the nearest folder with dvc.yaml."""
-        here = Path.cwd()
-        root = next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
+        try:
+            here = Path.cwd()
+        except FileNotFoundError:
+            raise Failure("the current folder was removed; change into the repository, then run again") from None
+        root = next((folder for folder in (here, *here.parents) if os.path.exists(folder / "dvc.yaml")), here)
         return cls(root, root)
 
     @property

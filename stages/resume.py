@@ -8,12 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pipeline import tracking
 from pipeline.config import Resume, fingerprint, plain
-from pipeline.errors import Failure
-from pipeline.files import digest
+from pipeline.files import digest, locked
 from pipeline.training.states import States
 from stages.paths import CODE, COMMON_CODE, Cell, Paths
 
@@ -28,19 +25,14 @@ def resumable(
 ) -> Iterator[States]:
     """States of the stage's training, held by this process alone; removed once the body has succeeded.
 
-    Raises Failure if another process runs the same stage.
+    Raises Failure if another process runs the same stage, or the folder cannot be written.
     """
     states = states_of(stage, chosen, settings, paths, cell, inputs)
     folder = states.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=WAIT_SECONDS):
-            yield states
-            shutil.rmtree(folder)
-    except Timeout:
-        raise Failure(
-            f"{folder}: another process runs {_name(stage, cell)} with the same params; wait for it, or stop it"
-        ) from None
+    taken = f"{folder}: another process runs {_name(stage, cell)} with the same params; wait for it, or stop it"
+    with locked(folder / ".lock", WAIT_SECONDS, taken):
+        yield states
+        shutil.rmtree(folder)
 
 
 def states_of(stage: str, chosen: Any, settings: Resume, paths: Paths, cell: Cell | None, inputs: Iterable[Path]) -> States:

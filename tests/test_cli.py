@@ -455,3 +455,33 @@ def test_a_killed_stage_leaves_the_last_good_output(vqmoe, workspace, tiny_overr
     client = store.connect(workspace)
     runs = client.search_runs([client.get_experiment_by_name("vqmoe/pretrain").experiment_id])
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
+
+
+@pytest.mark.parametrize("rank", ["", "abc", "1"])
+def test_a_rank_in_the_environment_counts_only_with_torchrun(vqmoe, workspace, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", rank)
+    assert vqmoe("preset", tiny=False).exit_code == 2  # there are none in this folder
+    for stage in ("prepare", "pretrain"):
+        assert vqmoe(stage).exit_code == 0
+    assert (workspace / "outputs/pretrain/vqmoe-s0/model.json").exists()
+
+
+def test_a_current_folder_that_was_removed_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    command = f"mkdir {gone} && cd {gone} && rmdir {gone} && exec {sys.executable} -P -c 'from cli import main; main()' preset"
+    done = subprocess.run(
+        ["sh", "-c", command], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("sh:", "shell-init:"))]
+    assert said == ["vqmoe: the current folder was removed; change into the repository, then run again"]
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain"])
+def test_a_repository_that_cannot_be_written_is_one_line(vqmoe, workspace, stage):
+    if stage == "pretrain":
+        assert vqmoe("prepare").exit_code == 0
+        shutil.rmtree(workspace / ".resume")
+    (workspace / ".resume").write_text("")
+    assert_one_line(vqmoe(stage), 1, f"/.resume/{stage}-", "cannot be written (", "free space or permissions")

@@ -33,7 +33,7 @@ INSTEAD = {
 
 def known(path: Path) -> None:
     """Raises UsageError if a path is neither a file nor a folder, or cannot stand in params.yaml."""
-    if not path.is_file() and not path.is_dir():
+    if not os.path.isfile(path) and not os.path.isdir(path):
         if exists(path):
             raise UsageError(f"{path}: neither a file nor a folder")
         raise UsageError(f"{path}: not found{nearest_path(path, Path()) or '; check the name'}")

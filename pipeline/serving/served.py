@@ -9,6 +9,7 @@ Shapes: P texts or images, L labels, V vocabulary.
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +151,9 @@ Served = LanguageModel | TextClassifier | ImageClassifier
 
 def load(folder: Path, device: str = "cpu") -> Served:
     """The model in `folder`, ready to use. Raises Failure in one line if a file is missing, damaged or of an older version."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise Failure(f"{folder}: no such folder; name one that has model.json, such as outputs/pretrain/vqmoe-s0")
-    if not (folder / checkpoint.DESCRIPTION).exists():
+    if not os.path.exists(folder / checkpoint.DESCRIPTION):
         # Such as what a stage left of all tasks.
         below = [file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{checkpoint.DESCRIPTION}")]
         if below:

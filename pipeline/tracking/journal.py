@@ -59,7 +59,12 @@ class Journal:
 
     @property
     def empty(self) -> bool:
-        return not self.last
+        return not self._size
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether it holds something, but nothing that a run wrote."""
+        return not (self.empty or self.last)
 
     @property
     def ended(self) -> bool:
@@ -173,7 +178,7 @@ class Journal:
         return True
 
     def _ends(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """First and last operation; what a power cut left torn behind the last is cut off."""
+        """First and last operation; what a power cut left torn behind the last is cut off, but not all that there is."""
         size = os.fstat(self._descriptor).st_size
         text = b""
         while block := os.pread(self._descriptor, size - len(text), len(text)):
@@ -185,9 +190,9 @@ class Journal:
             if last:
                 break
             end = start
-        if end < size:
+        if last and end < size:
             os.ftruncate(self._descriptor, end)
-        return (_parsed(text[: text.find(b"\n")]) if end else {}), last
+        return _parsed(text.partition(b"\n")[0]) if last else {}, last
 
 
 def claim(folder: Path, key: str, resumed: bool) -> Journal:
@@ -226,6 +231,6 @@ def _parsed(line: bytes) -> dict[str, Any]:
     """An operation, or {} where the line is none."""
     try:
         operation = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return operation if isinstance(operation, dict) and "op" in operation else {}

@@ -67,8 +67,16 @@ def tracking_uri(root: Path) -> str:
 
 def without_credentials(text: str) -> str:
     """A text, user and password cut out of any URL in it, and the credentials of the environment wherever they are a word."""
+    # Up to the last @, since a password may have a / that nobody has percent-encoded; a path of sqlite:// has no credentials.
+    credentials = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2].rpartition("@")[0]
+    if credentials.startswith("/"):
+        credentials = ""
+    if credentials:
+        # Or what a URL's parser takes for its path.
+        for part in (credentials, credentials.partition("/")[2]):
+            text = text.replace(f"{part}@", "") if part else text
     text = re.sub(r"(\w+://)[^/\s\"'<>]*@", r"\1", text)
-    password = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).password or ""
+    password = credentials.partition(":")[2]
     for secret in (password, unquote(password), *(os.environ.get(name) for name in SECRETS)):
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text) if secret else text
     return text
@@ -96,6 +104,7 @@ def connect(root: Path) -> "MlflowClient":
         logging.getLogger(name).setLevel(logging.CRITICAL)
     uri, path = tracking_uri(root), _database(root)
     if uri != embedded_uri(root):
+        _well_formed(uri)
         return MlflowClient(tracking_uri=uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes that initialise one empty database crash each other: the first makes it, the others wait.
@@ -106,6 +115,15 @@ def connect(root: Path) -> "MlflowClient":
         while _opened.setdefault(uri, database_file(root)) != database_file(root):
             uri = f"{uri.removesuffix(path.name)}./{path.name}"
         return MlflowClient(tracking_uri=uri)
+
+
+def _well_formed(uri: str) -> None:
+    """Raises Failure if it cannot be taken apart. What others say of such a URI quotes pieces of the password."""
+    try:
+        urlsplit(uri).port  # noqa: B018  it is looked at where it is asked for
+    except ValueError:
+        rules = "its port has to be digits, an IPv6 host in [], and /?#[]@ in user and password percent-encoded"
+        raise Failure(f"it is no URL: {rules}") from None
 
 
 def _make(path: Path) -> None:
@@ -398,6 +416,8 @@ def sweep(root: Path, stop: Callable[[], bool] = lambda: False, forget: bool = F
         if journal is None:
             continue
         try:
+            if journal.unreadable:
+                raise Failure("none of its lines can be read")
             if not (journal.empty or journal.ended):
                 journal.close_dead()
             if journal.empty or journal.done:

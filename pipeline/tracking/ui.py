@@ -46,9 +46,12 @@ def serve(root: Path, port: int, experiment: str, in_browser: bool = False) -> N
     uri = store.tracking_uri(root)
     shown = store.without_credentials(uri)
     if uri.startswith("http"):
-        page = ""
-        with suppress(Exception):  # one that is out of reach has an address all the same
+        try:
             page = _runs(store.connect(root), experiment)
+        except Failure as error:
+            raise Failure(f"{shown}: {error}; check MLFLOW_TRACKING_URI") from None
+        except Exception:  # one that is out of reach has an address all the same
+            page = ""
         address = f"{shown.rstrip('/')}/{page}"
         print(f"Runs are recorded by a server of their own; open {address}")
         if in_browser:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pipeline import ranks
 from pipeline.config import Machine
 from pipeline.errors import Failure, UsageError
 
@@ -37,7 +38,7 @@ def together(machine: Machine) -> Iterator[None]:
 
     Raises UsageError if these are not as many as params ask for, Failure if there is no GPU for this one or another one ends.
     """
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    started = ranks.started("WORLD_SIZE", 1)
     if started != machine.processes:
         raise UsageError(f"machine.processes is {machine.processes}: {started} were started; set it to {started}")
     if started == 1:

@@ -3,6 +3,7 @@ import subprocess
 import pytest
 
 from benchmarks import kills
+from pipeline.files import write_json
 from tests.conftest import REPOSITORY
 
 
@@ -29,3 +30,19 @@ def test_what_is_not_torn_is_no_such_case(reproduced):
     (reproduced / "dvc.yaml").write_text("stages: {a: {cmd: exit 3}}")
     with pytest.raises(SystemExit, match="dvc repro ended by itself:"):
         kills.finish(reproduced)
+
+
+def test_metrics_are_of_all_results_but_ids_times_and_memory(tmp_path):
+    prepared = {"run_id": "a", "metrics": {"documents": {"train": 3}}}
+    computed = {"run_id": "b", "metrics": {"train": {"both": {"low": 1.5, "flops_per_token": 9, "peak_memory_mib": 2.5}}}}
+    for name, result in (("prepare", prepared), ("compute/smoe", computed), ("finetune/smoe-s0/era", {"run_id": "c", "x": 1})):
+        write_json(tmp_path / f"results/{name}.json", result)
+    assert kills.metrics(tmp_path) == {
+        "results/prepare.json/metrics/documents/train": 3,
+        "results/compute/smoe.json/metrics/train/both/flops_per_token": 9,
+        "results/finetune/smoe-s0/era.json/x": 1,
+    }
+
+
+def test_what_one_of_two_lacks_differs():
+    assert kills.differing({"a": 1, "b": None, "c": 3, "d": 4}, {"a": 1, "c": 4, "d": 4, "e": 5}) == ["b", "c", "e"]

@@ -106,6 +106,11 @@ def test_what_is_no_file_or_folder_is_a_wrong_name(root):
         check(root / "data/mime.csv", root)
     with pytest.raises(UsageError, match=r"q: not found; check the name"):
         check(root / "nowhere/q", root)
+    with pytest.raises(UsageError, match=r"a: not found; check the name"):
+        check(root / ("a" * 300), root)
+    (root / "data/link.txt").symlink_to("gone.txt")
+    with pytest.raises(UsageError, match=r"link\.txt: not found \(.*link\.txt is a link to gone\.txt, where nothing is; mend"):
+        check(root / "data/link.txt", root)
     os.mkfifo(root / "data/pipe.txt")
     with pytest.raises(UsageError, match=r"pipe\.txt: neither a file nor a folder"):
         check(root / "data/pipe.txt", root)

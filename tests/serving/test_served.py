@@ -149,8 +149,9 @@ def test_another_tokenizer_or_no_folder_is_one_line(served, tmp_path):
     Tokenizer.characters().save(folder / "tokenizer.json")
     with pytest.raises(Failure, match=r"tokenizer\.json: not the tokenizer"):
         serving.load(folder)
-    with pytest.raises(Failure, match="missing: no such folder"):
-        serving.load(tmp_path / "missing")
+    for missing in ("missing", "a" * 300):
+        with pytest.raises(Failure, match=f"{missing}: no such folder"):
+            serving.load(tmp_path / missing)
 
 
 def test_the_models_in_a_folder_are_named(served, tmp_path):

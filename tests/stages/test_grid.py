@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,10 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(dvc, tmp_path, capfd):
 def test_one_at_a_time_in_a_repository(dvc, tmp_path):
     (tmp_path / "outputs/logs").mkdir(parents=True)
     with FileLock(tmp_path / "outputs/logs/.lock"), pytest.raises(Failure, match="another `vqmoe grid` is at work here; wait"):
+        grid.grid(PARAMS, tmp_path, 2)
+    shutil.rmtree(tmp_path / "outputs")
+    (tmp_path / "outputs").write_text("")
+    with pytest.raises(Failure, match=r"outputs/logs: cannot be written \("):
         grid.grid(PARAMS, tmp_path, 2)
     assert not (tmp_path / "told").exists()
 

@@ -430,3 +430,21 @@ def test_files_that_were_removed_from_the_spool_cost_themselves(root, begin, mon
     assert found.info.status == "FINISHED"
     assert "removed before it was sent" in capsys.readouterr().err
     assert os.listdir(root / ".mlflow/spool") == []
+
+
+def test_a_file_of_which_nothing_can_be_read_is_named_and_left(root, begin, capsys):
+    folder = root / ".mlflow/spool"
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {"bin": b"\xff\0\n", "cut": b'{"op": "crea', "deep": b"[" * 100_000, "pretrain": b"\0\0"}
+    for name, content in contents.items():
+        (folder / f"{name}.jsonl").write_bytes(content)
+    with pytest.raises(Failure, match="runs sent: 0, not sent: 4"):
+        tracking.sync(root)
+    lines = capsys.readouterr().err.splitlines()
+    for name, line in zip(contents, lines, strict=True):
+        assert f"/{name}.jsonl: cannot be sent (none of its lines can be read); mend what it names, or remove it" in line
+    assert {path.stem: path.read_bytes() for path in folder.iterdir()} == contents
+    # Nor does a run of that name write behind it.
+    with begin():
+        pass
+    assert sorted(path.read_bytes() for path in folder.iterdir()) == sorted(contents.values())

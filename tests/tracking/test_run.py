@@ -10,6 +10,7 @@ import tempfile
 import pytest
 
 from pipeline import tracking
+from pipeline.errors import Failure
 from pipeline.files import digest
 from pipeline.tracking import run as run_module
 from pipeline.tracking import store
@@ -215,3 +216,35 @@ def test_where_runs_go(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")
     assert store.tracking_uri(tmp_path) == "http://localhost:1"
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://localhost:1"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown", "hidden"),
+    [
+        ("http://u:sec[ret@127.0.0.1:1", "http://127.0.0.1:1", ["sec[", "ret@"]),
+        ("http://u:sec/ret@127.0.0.1:1", "http://127.0.0.1:1", ["sec/", "'sec'", "ret@"]),
+        ("http://u:secret\u2100@127.0.0.1:1", "http://127.0.0.1:1", ["secret"]),
+        ("http://[::1", "http://[::1", []),
+    ],
+)
+def test_an_address_that_is_no_url_costs_a_warning_and_shows_no_password(root, begin, monkeypatch, capsys, uri, shown, hidden):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with begin() as run:
+        run.log({"a": 1.0}, 1)
+    said = [capsys.readouterr().err]
+    assert f"cannot record to {shown} (it is no URL: its port has to be digits" in said[0]
+    for call in (tracking.sync, lambda root: tracking.find(root, "1234"), lambda root: tracking.serve(root, 1, "vqmoe")):
+        with pytest.raises(Failure) as refused:
+            call(root)
+        said.append(str(refused.value))
+        assert said[-1].startswith(f"{shown}: ") and "it is no URL: " in said[-1]
+    said += map(str, tracking.reach(root))
+    assert not [line for line in said if any(part in line for part in hidden)]
+
+
+def test_what_a_parser_takes_for_the_path_is_part_of_a_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:12/heim@127.0.0.1:1")
+    said = store.without_credentials("http://u:12/heim@127.0.0.1:1: HTTPConnectionPool(host='u', port=12): /heim@127.0.0.1:1/api")
+    assert said == "http://127.0.0.1:1: HTTPConnectionPool(host='u', port=12): /127.0.0.1:1/api"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////home/a@b/mlflow.db")
+    assert store.without_credentials("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"

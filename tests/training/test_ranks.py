@@ -170,6 +170,7 @@ def test_a_training_goes_on_with_another_number_of_processes(both, every_loss):
 
 
 def test_more_or_fewer_processes_than_params_say_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("WORLD_SIZE", "3")
     machine = Machine(device="cpu", precision="fp32", processes=2)
     with pytest.raises(UsageError, match=r"machine\.processes is 2: 3 were started; set it to 3"), together(machine):
