@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.corpora import view
+from pipeline.data.corpora import exists, view
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure, UsageError
 from pipeline.models.build import Spec
@@ -52,11 +52,13 @@ class Sampling:
         """An id, from log-probabilities."""
         if self.temperature == 0:
             return int(score_V.argmax())
-        # The highest becomes 0, so that no temperature is too low to divide by.
+        # The highest becomes 0, and float64 has whatever the options may be: no temperature is too low to divide by, or too high.
+        score_V = score_V.double()
         share_V, id_V = ((score_V - score_V.max()) / self.temperature).softmax(0).sort(descending=True, stable=True)
         # The first always stays, and whatever those before it leave short of top_p.
         share_V[share_V.cumsum(0) - share_V >= self.top_p] = 0
-        return int(id_V[torch.multinomial(share_V, 1, generator=generator)])
+        # Random numbers of float32, with which a seed has given its text since the first version.
+        return int(id_V[torch.multinomial(share_V.float(), 1, generator=generator)])
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def load(folder: Path, device: str = "cpu") -> Served:
     """The model in `folder`, ready to use. Raises Failure in one line if a file is missing, damaged or of an older version."""
     if not folder.is_dir():
         raise Failure(f"{folder}: no such folder; name one that has model.json, such as outputs/pretrain/vqmoe-s0")
-    if not (folder / checkpoint.DESCRIPTION).exists():
+    if not exists(folder / checkpoint.DESCRIPTION):
         # Such as what a stage left of all tasks.
         below = [file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{checkpoint.DESCRIPTION}")]
         if below:
