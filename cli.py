@@ -1,6 +1,9 @@
 """The command line. Heavy imports live inside the commands, so that help is instant."""
 
+import errno
+import io
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,6 +12,9 @@ from typing import Any
 import click
 
 SECONDS_OF_THE_FIRST = 3.0
+# What a disk says that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+SEEDS = click.IntRange(0, 2**31 - 1)
 
 HELP = """Compare routing methods for sparse mixtures of experts, reproducibly.
 
@@ -50,7 +56,12 @@ class Group(click.Group):
 
             rank = ranks.rank()
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                # Here, and not where Python ends, which would show a traceback.
+                if sys.stdout is not None:
+                    sys.stdout.flush()
         except (UsageError, Failure) as error:
             if rank:
                 # What all processes run into is said by the first, whose end ends the others.
@@ -61,15 +72,31 @@ class Group(click.Group):
             if not rank:
                 click.echo("vqmoe: interrupted", err=True)
             ctx.exit(130)
+        except OSError as error:
+            # Others have the name of a file, or are told where they come up; a pipe that was closed, as by head, is no error.
+            if error.errno not in FULL or error.filename is not None:
+                raise
+            # What is left of it would fail again where Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            click.echo(f"vqmoe: standard output: cannot be written ({error.strerror}); free space and run again", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=Group, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vqmoe")
 @click.option("--quiet", is_flag=True, envvar="VQMOE_QUIET", help="No progress: results, warnings and errors alone.")
 def main(quiet: bool) -> None:
+    # What this command starts is as quiet.
+    os.environ.pop("VQMOE_QUIET", None)
     if quiet:
-        # What this command starts is as quiet.
         os.environ["VQMOE_QUIET"] = "1"
+    # Not known, as in the standard library, and no width of nothing.
+    if not os.environ.get("COLUMNS", "").strip("0"):
+        os.environ.pop("COLUMNS", None)
+    for stream in (sys.stdout, sys.stderr):
+        # A text may have what a terminal's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _completed(names: Callable[[dict[str, Any]], Iterable[str]]) -> Any:
@@ -142,7 +169,7 @@ def _with_method(command: Any) -> Any:
 
 
 def _with_cell(command: Any) -> Any:
-    command = click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Default: the first of grid.seeds.")(command)
+    command = click.option("--seed", type=SEEDS, help="Default: the first of grid.seeds.")(command)
     return _with_method(command)
 
 
@@ -287,7 +314,7 @@ def train(file: Path | None, overrides: tuple[str, ...], method: str | None, see
 @click.option("--length", default=400, show_default=True, type=click.IntRange(1), help="Tokens to add.")
 @click.option("--temperature", default=0.8, show_default=True, help="Over 0; 0 is the most likely token always.")
 @click.option("--top-p", default=1.0, show_default=True, help="Draw among the fewest tokens of this probability together.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, show_default=True, type=SEEDS)
 def generate(
     file: Path | None,
     overrides: tuple[str, ...],
@@ -370,8 +397,8 @@ def export(model: str, dest: Path) -> None:
 @click.option("--by", type=click.Choice(["expert", "code"]), default="expert", show_default=True, help="What the colours are.")
 @click.option("--noise", help="Beside the clean text the noised one: swap, delete, insert, replace, keyboard, word, case, ...")
 @click.option("--rate", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Share of the text with noise.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the noise.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page to look around in, which needs no network.")
+@click.option("--seed", default=0, show_default=True, type=SEEDS, help="Of the noise.")
+@click.option("--html", type=click.Path(), help="Write a page to look around in, which needs no network.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per model: tokens, experts, codes, margins, distances.")
 @click.argument("text_or_image", metavar="[FILE]", required=False, type=click.Path(path_type=Path))
 def route(
@@ -383,7 +410,7 @@ def route(
     noise: str | None,
     rate: float,
     seed: int,
-    html: Path | None,
+    html: str | None,
     as_json: bool,
     text_or_image: Path | None,
 ) -> None:
@@ -396,12 +423,14 @@ def route(
 
     if (text is None) == (text_or_image is None):
         raise UsageError("what is to be routed? name one: FILE or --text")
-    paths = Paths.here()
+    if html is not None and (html.endswith("/") or os.path.isdir(html)):
+        raise UsageError(f"{html}: a folder; name a file for the page, such as {os.path.join(html, 'route.html')}")
+    paths, page = Paths.here(), None if html is None else Path(html)
     noised = None if noise is None else routing.Noise(noise, rate, seed)
     with ExitStack() as stack:
-        named = [(Path(one).name, stack.enter_context(use.folder_of(one, paths.root))) for one in sources]
-        models = named or routing.default_models(_load(file, overrides), paths)
-        routing.route(models, paths, text, text_or_image, noised, by, html, as_json)
+        given = zip(routing.named(sources), [stack.enter_context(use.folder_of(one, paths.root)) for one in sources], strict=True)
+        models = [*given] or routing.default_models(_load(file, overrides), paths)
+        routing.route(models, paths, text, text_or_image, noised, by, page, as_json)
 
 
 @main.command(help="Do as `dvc repro`, several cells of the grid (a method and a seed) at a time; or only CELLS, like vqmoe-s0.")

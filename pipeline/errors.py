@@ -5,11 +5,16 @@ import os
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """A text on one line, whatever is in it: what is not printable is written as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class _OneLine(Exception):
-    """What a message quotes may hold anything; what is not printable is written as in Python."""
+    """What a message quotes may hold anything."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class UsageError(_OneLine):

@@ -12,7 +12,7 @@ import click
 from pipeline.checking import Findings, as_yaml, check, known, together
 from pipeline.checking.findings import percent
 from pipeline.data.tables import SPLITS
-from pipeline.errors import Failure
+from pipeline.errors import Failure, printable
 
 SHOWN, FILES = 12, 5  # classes, and files that are not UTF-8
 WIDTH, NAME = 110, 14  # characters of a line, and of a class that has room beside its sizes
@@ -30,12 +30,12 @@ def run(paths: Sequence[Path], root: Path, as_json: bool) -> None:
     whole = every[0] if len(every) == 1 else together(every)
     if as_json:
         more = {} if len(every) == 1 else {"data": [found.as_json() for found in every]}
-        click.echo(json.dumps(whole.as_json() | more, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(whole.as_json() | more, indent=2))
     elif len(every) == 1:
         show(whole)
     else:
         for place, found in enumerate(every):
-            click.echo("\n" * (place > 0) + found.path)
+            click.echo("\n" * (place > 0) + printable(found.path))
             show(found, params=False)
         if whole.warnings:
             click.echo()
@@ -50,11 +50,10 @@ def run(paths: Sequence[Path], root: Path, as_json: bool) -> None:
 
 def show(found: Findings, params: bool = True) -> None:
     for name, value in _lines(found.facts):
-        click.echo(f"{name:<16}{value}")
+        click.echo(f"{name:<16}{printable(value)}")
     for warning in found.warnings:
-        click.echo(
-            fill(warning, WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
-        )
+        said = printable(warning)
+        click.echo(fill(said, WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False))
     if params and found.params:
         begin = f"Begin with `vqmoe preset {found.preset} > params.yaml`. " if found.preset else ""
         click.echo(f"\n{begin}Put this into params.yaml, in place of what it has for these keys:\n\n{as_yaml(found)}", nl=False)
@@ -109,17 +108,18 @@ def _encoding(given: dict[str, Any]) -> str:
 
 def _classes(classes: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
     largest = sorted(classes, key=lambda name: -classes[name]["train"])
-    shown = largest if len(largest) <= SHOWN else [*largest[: SHOWN - 2], *largest[-1:]]
+    some = largest if len(largest) <= SHOWN else [*largest[: SHOWN - 2], *largest[-1:]]
     yield "classes", f"{len(classes):,}, the largest first"
-    for place, name in enumerate(shown):
-        if len(shown) < len(largest) and place == len(shown) - 1:
+    for place, name in enumerate(some):
+        if len(some) < len(largest) and place == len(some) - 1:
             yield "  ...", ""
         sizes = "".join(f"{classes[name][split]:>12,}" for split in SPLITS)
-        if len(name) > NAME:
-            yield fill(name, WIDTH, initial_indent="  ", subsequent_indent="    "), ""
+        shown = printable(name)
+        if len(shown) > NAME:
+            yield fill(shown, WIDTH, initial_indent="  ", subsequent_indent="    "), ""
             yield "", sizes
         else:
-            yield f"  {name}", sizes
+            yield f"  {shown}", sizes
 
 
 def _row(splits: dict[str, dict[str, int]], unit: str) -> str:

@@ -1,5 +1,6 @@
 """What a report of a bug wants to know, and what would stop a run on this machine."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -49,8 +50,10 @@ def examine(root: Path) -> Iterator[Finding]:
     yield _store(root)
     for name, place in {"disk": root, "temporary files": Path(tempfile.gettempdir())}.items():
         free = shutil.disk_usage(place).free
-        full = f"under {ROOM / GIB:.0f} GiB are free in {place}; a run may not fit" if free < ROOM else ""
-        yield Finding(name, f"{free / GIB:.1f} GiB free in {place}", full)
+        problem = f"under {ROOM / GIB:.0f} GiB are free in {place}; a run may not fit" if free < ROOM else ""
+        if not os.access(place, os.W_OK | os.X_OK):
+            problem = f"{place} cannot be written, where runs keep what they make; mend its permissions, or use a copy"
+        yield Finding(name, f"{free / GIB:.1f} GiB free in {place}", problem)
 
 
 def _params(root: Path) -> Iterator[Finding]:
@@ -99,18 +102,16 @@ def _dvc(root: Path) -> Finding:
         return Finding("dvc stages", "none", f"{root} has no dvc.yaml; run inside the repository")
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "dvc", "status", "--quiet"], cwd=root, capture_output=True, text=True, timeout=DVC_SECONDS
+            [sys.executable, "-m", "dvc", "status", "--json"], cwd=root, capture_output=True, text=True, timeout=DVC_SECONDS
         )
     except subprocess.TimeoutExpired:
         return Finding("dvc stages", "unknown", f"`dvc status` takes over {DVC_SECONDS} s; another dvc may be at work here")
-    if done.returncode == 1:
-        return Finding("dvc stages", "changed since the last `dvc repro`")
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return (
-        Finding("dvc stages", "unknown", f"`dvc status` fails: {last}")
-        if done.returncode
-        else Finding("dvc stages", "up to date")
-    )
+    if done.returncode:
+        # In the end it says where to ask.
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        said = next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")), lines[0])
+        return Finding("dvc stages", "unknown", f"`dvc status` fails: {said}")
+    return Finding("dvc stages", "changed since the last `dvc repro`" if json.loads(done.stdout) else "up to date")
 
 
 def _store(root: Path) -> Finding:

@@ -1,6 +1,7 @@
 """Write a trained model as a folder with a model card, to be loaded by `pipeline.serving` alone."""
 
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,13 +94,16 @@ def export(source: str, root: Path, target: Path) -> None:
 
     Raises UsageError if there is something at `target` that is no empty folder.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target}: is there already; name a folder that is new or empty")
+    try:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise UsageError(f"{target}: is there already; name a folder that is new or empty")
+    except OSError as error:  # a name that no folder can have, or a folder that may not be looked into
+        raise Failure(f"{target}: cannot be written ({error.strerror}); name a folder that is new or empty") from None
     with found(source, root) as (folder, run):
         model = serving.load(folder)
         origin = Origin(run.model().metrics, run.params, run) if run else _beside(folder, root)
-        if origin.run and (before := origin.run.tags.get(PREPARED)) and (prepared := tracking.find(root, before)):
-            origin = origin._replace(prepared=prepared[0].metrics)
+        if origin.run and (before := origin.run.tags.get(PREPARED)) and (prepared := _recorded(root, before)):
+            origin = origin._replace(prepared=prepared.metrics)
         text = card(model, origin, intervals(folder, origin))
         with output_folder(target) as written:
             for file in filter(Path.exists, (folder / name for name in FILES)):
@@ -119,13 +123,22 @@ def _beside(folder: Path, root: Path) -> Origin:
     if not path.exists():
         return Origin()
     result, before = read_result(path), read_result(prepared) if prepared.exists() else None
-    run = next(iter(tracking.find(root, result["run_id"])), None)
+    run = _recorded(root, result["run_id"])
     wrote = {md5 for tag, md5 in (run.tags if run else {}).items() if tag.startswith("md5.out.") and tag.endswith(WEIGHTS)}
     if wrote and digest(folder / WEIGHTS, "md5") not in wrote:
         raise Failure(f"{path}: is about other weights than lie in {folder}; run `dvc repro`, or export the run by its id")
     if before and run and run.tags.get(PREPARED) != before["run_id"]:
         before = None
     return Origin(_metrics(result), result, run, _metrics(before) if before else {})
+
+
+def _recorded(root: Path, run_id: str) -> tracking.Recorded | None:
+    """A run where the store has it; with a warning where that cannot be read, since a model needs no store."""
+    try:
+        return tracking.whole(root, run_id)
+    except Failure as error:
+        print(f"vqmoe: {error}; the card lacks what it says of run {run_id}", file=sys.stderr)
+        return None
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def register(params: Params, paths: Paths, as_json: bool) -> None:
 def _candidate(stage: str, cell: Cell, paths: Paths) -> tracking.Candidate:
     path = paths.result(stage, cell)
     run_id = read_result(path)["run_id"]
-    run = next(iter(tracking.find(paths.root, run_id)), None)
+    run = tracking.whole(paths.root, run_id)
     if run is None:
         raise Failure(
             f"{path}: its run {run_id} is not in this MLflow store; set MLFLOW_TRACKING_URI to the one that has it, send it "

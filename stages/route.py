@@ -1,12 +1,15 @@
 """See how models route a text or an image: in colours, in numbers, as JSON or as a page."""
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -15,7 +18,7 @@ from pipeline.config import Params
 from pipeline.data.batches import evenly, open_tokens
 from pipeline.data.corpora import read_text
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, printable
 from pipeline.files import output_file
 from pipeline.serving.routing import (
     Noise,
@@ -74,11 +77,21 @@ def route(
         print(f"{html}: open it in a browser")
     elif as_json:
         for one in shown:
-            print(json.dumps(plain(one), ensure_ascii=False))
+            print(json.dumps(plain(one)))
     else:
         console = Console(highlight=False, soft_wrap=True)
         for (_, model), one in zip(opened, shown, strict=True):
             _print(console, one, by, model.model.grid if images == {True} else None)
+
+
+def named(sources: Sequence[str]) -> list[str]:
+    """What models are called: by as many of the last parts of their paths as tell them apart."""
+    parts = [Path(os.path.abspath(source)).parts for source in sources]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = [os.path.join(*one[-count:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return []
 
 
 def default_models(params: Params, paths: Paths) -> list[tuple[str, Path]]:
@@ -137,7 +150,7 @@ def _print(console: Console, one: Shown, by: str, grid: tuple[int, int] | None) 
             title = f"{one.name}, block {block}, by {'code' if by_code else 'expert'} of {count}"
             if routed is one.noised:
                 title += f", noised: {moved_T.sum()} of {len(moved_T)} tokens go to other experts"
-            console.print(title, style="bold")
+            console.print(Text(printable(title), "bold"))
             pieces = routed.pieces or _cells(grid)
             if console.color_system is None or console.no_color:
                 _numbers(console, pieces, number_T, moved_T, count)
@@ -149,7 +162,7 @@ def _print(console: Console, one: Shown, by: str, grid: tuple[int, int] | None) 
                 line = Text()
                 for piece, number, moved in zip(pieces, number_T.tolist(), moved_T.tolist(), strict=True):
                     style = f"black on {colours[number]}" if number >= 0 else ""
-                    line.append(piece, f"{style} bold underline" if moved else style)
+                    line.append(_visible(piece), f"{style} bold underline" if moved else style)
                 console.print(line)
             console.print()
 
@@ -160,18 +173,23 @@ def _cells(grid: tuple[int, int]) -> list[str]:
     return ["    \n" if place % columns == columns - 1 else "    " for place in range(rows * columns)]
 
 
+def _visible(text: str) -> str:
+    """A mark in the place of each character that a terminal would obey, as of a tab."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{MIDDLE DOT}", text)
+
+
 def _numbers(console: Console, pieces: Sequence[str], number_T: np.ndarray, moved_T: np.ndarray, count: int) -> None:
     """Lines of text, under each token its number, and under that a caret where noise has changed it."""
     rows: list[list[tuple[str, str, str]]] = [[]]
     width = 0
     for piece, number, moved in zip(pieces, number_T.tolist(), moved_T.tolist(), strict=True):
         mark = "." if number < 0 else MARKS[number] if count <= len(MARKS) else f"{number} "
-        shown = piece.replace("\n", " ")
-        size = max(len(shown), len(mark))
+        shown = _visible(piece.replace("\n", " "))
+        size = max(cell_len(shown), len(mark))
         if width + size > console.width:
             rows.append([])
             width = 0
-        rows[-1].append((shown.ljust(size), mark.ljust(size), ("^" if moved else "").ljust(size)))
+        rows[-1].append((shown + " " * (size - cell_len(shown)), mark.ljust(size), ("^" if moved else "").ljust(size)))
         width += size
         if piece.endswith("\n"):
             rows.append([])
@@ -179,4 +197,5 @@ def _numbers(console: Console, pieces: Sequence[str], number_T: np.ndarray, move
     for row in filter(None, rows):
         for line in zip(*row, strict=True):
             if joined := "".join(line).rstrip():
-                console.print(joined, markup=False)
+                # As Text: in a string rich would take [words] for markup and :words: for emoji.
+                console.print(Text(joined))

@@ -3,9 +3,8 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import numpy as np
 from pipeline import serving, tracking
 from pipeline.config import Params
 from pipeline.data import archives, tables
-from pipeline.errors import Failure, UsageError, nearest
+from pipeline.data.corpora import exists
+from pipeline.errors import Failure, UsageError, nearest, printable
 from pipeline.files import nearest_path
 from stages.paths import Cell, Paths
 
@@ -38,7 +38,7 @@ def folder_of(source: str | Path, root: Path) -> Iterator[Path]:
 @contextmanager
 def found(source: str | Path, root: Path) -> Iterator[tuple[Path, tracking.Recorded | None]]:
     """As `folder_of`, and the run that made the model, if it was not a folder that was named."""
-    if Path(source).exists():
+    if exists(Path(source)):
         yield Path(source), None
         return
     if not tracking.names_model(str(source)):
@@ -68,11 +68,13 @@ def classify(source: str | Path, root: Path, texts: Sequence[str], files: Sequen
     """Print the label of each text, line of a text file or image and its probability; as JSON lines, with those of all labels.
 
     One line for each, in their order: where the model has nothing to read, as in a blank line, there is no label (`-`, null).
-    Raises Failure, in the end, for files without a line.
+    Raises Failure for a file that cannot be read, after what comes before it, and, in the end, for files without a line.
     """
     # Before the first label is out.
     for file in files:
-        if str(file) != "-" and not file.exists():
+        if str(file) == "-" and sys.stdin is None:
+            raise Failure("-: standard input is closed; give it texts, or name files")
+        if str(file) != "-" and not exists(file):
             raise Failure(f"{file}: not found{nearest_path(file, Path())}")
     with folder_of(source, root) as folder:
         model = serving.load(folder)
@@ -82,9 +84,9 @@ def classify(source: str | Path, root: Path, texts: Sequence[str], files: Sequen
         raise UsageError(f"{source}: labels images; name image files, and no --text")
     images, empty = isinstance(model, serving.ImageClassifier), []
     named = (("file", file) for file in files) if images else _texts(texts, files, empty)
-    width = max(map(len, model.spec.labels))
-    while some := list(islice(named, BATCH)):
-        for (kind, given), share_L in zip(some, model.classify([given for _, given in some]), strict=True):
+    width = max(len(printable(label)) for label in model.spec.labels)
+    for some in _batches(named):
+        for (kind, given), share_L in zip(some, _shares(model, [given for _, given in some]), strict=True):
             known_L = share_L if images or model.reads(given) else None
             print(_line(kind, given, model.spec.labels, known_L, width, as_json))
     if empty:
@@ -114,14 +116,40 @@ def _texts(texts: Sequence[str], files: Sequence[Path], empty: list[str]) -> Ite
             empty.append(str(file))
 
 
+def _batches(given: Iterable[Any]) -> Iterator[list[Any]]:
+    """What is given, some at a time; what came before a Failure is given out before that is raised."""
+    some: list[Any] = []
+    try:
+        for one in given:
+            some.append(one)
+            if len(some) == BATCH:
+                yield some
+                some = []
+    except Failure:
+        yield some
+        raise
+    yield some
+
+
+def _shares(model: serving.TextClassifier | serving.ImageClassifier, given: Sequence[Any]) -> Iterator[np.ndarray]:
+    """Probabilities of each, also of images before one that cannot be read, for which Failure is raised."""
+    try:
+        yield from model.classify(given)
+    except Failure:
+        if len(given) == 1:
+            raise
+        for one in given:
+            yield from model.classify([one])
+
+
 def _line(kind: str, given: Any, labels: Sequence[str], share_L: np.ndarray | None, width: int, as_json: bool) -> str:
     label, share, shares = None, "-", None
     if share_L is not None:
         label, share = labels[share_L.argmax()], f"{share_L.max():.3f}"
         shares = {label: round(float(share), 6) for label, share in zip(labels, share_L, strict=True)}
     if as_json:
-        return json.dumps({kind: str(given), "label": label, "probabilities": shares}, ensure_ascii=False)
-    # One line, whatever a text has in it.
-    shown = str(given) if kind == "file" else " ".join(given.split())
+        return json.dumps({kind: str(given), "label": label, "probabilities": shares})
+    # One line, whatever a label, a text or the name of a file has in it.
+    shown = printable(str(given) if kind == "file" else " ".join(given.split()))
     shown = shown if kind == "file" or len(shown) <= SHOWN else f"{shown[: SHOWN - 3]}..."
-    return f"{label or '-':{width}}  {share:5}  {shown}".rstrip()
+    return f"{printable(label or '-'):{width}}  {share:5}  {shown}".rstrip()

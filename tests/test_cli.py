@@ -246,6 +246,36 @@ def test_a_cell_that_is_not_in_the_grid(vqmoe, workspace):
     assert not (workspace / "outputs").exists()
 
 
+def test_a_disk_that_is_full_is_one_line_and_a_closed_pipe_is_none(served, tmp_path):
+    (tmp_path / "a.txt").write_text("a\n" * 100_000)
+    commands = (
+        ["preset"],
+        ["classify", "--model", served("classifier"), "--text", "a"],
+        ["generate", "--model", served(), "--length", "1"],
+    )
+    for command in commands:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(["vqmoe", *command], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True)
+        said = "vqmoe: standard output: cannot be written (No space left on device); free space and run again\n"
+        assert (done.returncode, done.stderr) == (1, said)
+    for command in (f"vqmoe classify --model {tmp_path}/classifier {tmp_path}/a.txt", "vqmoe preset"):
+        done = subprocess.run(f"{command} | head -1", shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+        assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
+
+
+@pytest.mark.parametrize(("value", "quiet"), [("0", False), ("false", False), ("1", True)])
+def test_quiet_is_what_the_variable_says(vqmoe, monkeypatch, value, quiet):
+    monkeypatch.setenv("VQMOE_QUIET", value)
+    done = vqmoe("prepare")
+    assert done.exit_code == 0 and (done.stderr == "") is quiet
+
+
+@pytest.mark.parametrize("command", [["generate"], ["route", "--text", "a"], ["train"]])
+def test_a_seed_that_no_generator_takes_is_clicks_own(command):
+    done = CliRunner().invoke(cli.main, [*command, "--seed", "9" * 20])
+    assert done.exit_code == 2 and "is not in the range 0<=x<=2147483647" in done.output
+
+
 def test_a_quiet_stage_says_nothing(vqmoe, monkeypatch):
     monkeypatch.setenv("VQMOE_QUIET", "")
     assert "prepare: " in vqmoe("prepare").stderr

@@ -183,8 +183,8 @@ def reading(path: Path) -> Iterator[None]:
 def decoded(chunks: Iterable[bytes], where: str, exact: bool = False) -> Iterator[str]:
     """UTF-8 text in stretches that end with a line, or with a word in a line longer than a chunk: no word is cut.
 
-    A byte-order mark is left out, a byte that is no UTF-8 is a Failure that names it. With `exact` both come through, so
-    that `encoded` gives back every byte: half of a character is no UTF-8, and a corpus may be cut there.
+    A byte-order mark is left out, a byte that is no UTF-8 is a Failure that names it, after what comes before it. With `exact`
+    both come through, so that `encoded` gives back every byte: half of a character is no UTF-8, and a corpus may be cut there.
     """
     done = 0
     for piece in _whole_words(chunks):
@@ -192,6 +192,8 @@ def decoded(chunks: Iterable[bytes], where: str, exact: bool = False) -> Iterato
             text = piece.decode("utf-8", "surrogateescape" if exact else "strict")
         except UnicodeDecodeError as error:
             place = done + error.start
+            # What is good before it comes first.
+            yield piece[: error.start].decode().removeprefix("" if done else "\ufeff")
             raise Failure(f"{where}: not UTF-8 at byte {place}; convert it, for example with iconv -t UTF-8") from None
         yield text if done or exact else text.removeprefix("\ufeff")
         done += len(piece)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from pipeline.errors import printable
 from pipeline.evaluation.claims import Claim
 from pipeline.evaluation.findings import Pair, too_few
 from pipeline.evaluation.statistics import Estimate
@@ -37,7 +38,7 @@ class Table(NamedTuple):
     def show(self) -> None:
         """Print with every cell whole: on a terminal in as many parts as its width takes, each with the first column."""
         console = Console()
-        cells = [[head, *(row[column] for row in self.rows)] for column, head in enumerate(self.heads)]
+        cells = [[printable(row[column]) for row in (self.heads, *self.rows)] for column in range(len(self.heads))]
         numeric = [self.numeric(column) for column in range(len(self.heads))]
         # What is said of a number in parentheses goes below it.
         cells = [[cell.replace(" (", "\n(") if n else cell for cell in own] for own, n in zip(cells, numeric, strict=True)]
@@ -142,5 +143,5 @@ def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def _line(cells: Sequence[str]) -> str:
-    # A bar in a user's name would end the cell.
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    # A bar or the end of a line in a user's name would end the cell.
+    return "| " + " | ".join(printable(cell).replace("|", r"\|") for cell in cells) + " |"

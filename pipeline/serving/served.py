@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.corpora import view
+from pipeline.data.corpora import exists, view
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure, UsageError
 from pipeline.models.build import Spec
@@ -53,11 +53,13 @@ class Sampling:
         """An id, from log-probabilities."""
         if self.temperature == 0:
             return int(score_V.argmax())
-        # The highest becomes 0, so that no temperature is too low to divide by.
+        # The highest becomes 0, and float64 has whatever the options may be: no temperature is too low to divide by, or too high.
+        score_V = score_V.double()
         share_V, id_V = ((score_V - score_V.max()) / self.temperature).softmax(0).sort(descending=True, stable=True)
         # The first always stays, and whatever those before it leave short of top_p.
         share_V[share_V.cumsum(0) - share_V >= self.top_p] = 0
-        return int(id_V[torch.multinomial(share_V, 1, generator=generator)])
+        # Random numbers of float32, with which a seed has given its text since the first version.
+        return int(id_V[torch.multinomial(share_V.float(), 1, generator=generator)])
 
 
 @dataclass(frozen=True)

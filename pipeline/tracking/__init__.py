@@ -2,7 +2,7 @@
 
 from pipeline.tracking.lineage import CUT, LEFT_OUT, digests, threads
 from pipeline.tracking.lineage import source_tags as surroundings
-from pipeline.tracking.recorded import Recorded, embedded, find, named
+from pipeline.tracking.recorded import Recorded, embedded, find, named, whole
 from pipeline.tracking.registry import CHAMPION, Candidate, Version, fetch, names_model, register
 from pipeline.tracking.run import reach, start, sync, terminable
 from pipeline.tracking.ui import serve
@@ -28,4 +28,5 @@ __all__ = [
     "sync",
     "terminable",
     "threads",
+    "whole",
 ]

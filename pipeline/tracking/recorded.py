@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # The first digits of an id, or what a run is called that could not be recorded at once.
 RUN = re.compile("[0-9a-f]{4,32}|offline-[0-9a-f]{8}")
+WHOLE = re.compile("[0-9a-f]{32}|offline-[0-9a-f]{8}")
 
 
 class Logged(NamedTuple):
@@ -81,9 +82,22 @@ def find(root: Path, prefix: str) -> list[Recorded]:
     Raises Failure if the store cannot be read.
     """
     try:
-        return _search(store.connect(root), prefix)
+        client = reader(root)
+        return _search(client, prefix) if client else []
     except Exception as error:
         raise unreadable(store.tracking_uri(root), error) from None
+
+
+def whole(root: Path, run_id: str) -> Recorded | None:
+    """The run of that id, and not of one that it begins; None if there is none. Raises Failure if the store cannot be read."""
+    return next(iter(find(root, run_id)), None) if WHOLE.fullmatch(run_id) else None
+
+
+def reader(root: Path) -> "MlflowClient | None":
+    """A client of the store as it is; None for an embedded one that is not there, which reading does not make."""
+    if store.tracking_uri(root) == store.embedded_uri(root) and store.database_file(root) is None:
+        return None
+    return store.connect(root)
 
 
 def embedded(root: Path, run_id: str) -> Recorded:

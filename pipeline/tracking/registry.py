@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import Failure, UsageError
 from pipeline.tracking import store
-from pipeline.tracking.recorded import RUN, Logged, Recorded, find, named, unreadable
+from pipeline.tracking.recorded import RUN, Logged, Recorded, named, reader, unreadable, whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,6 +21,8 @@ CHAMPION = "champion"
 # Tag of a version with its score on validation, the lowest best, and of a registered model with what that is measured on.
 SCORE, MEASURED_ON = "validation", "vqmoe.measured_on"
 SHOWN = 5
+# Of a version: what a store can hold.
+DIGITS = 9
 
 
 class Candidate(NamedTuple):
@@ -58,10 +60,12 @@ def fetch(root: Path, source: str, folder: Path) -> tuple[Path, Recorded | None]
     uri = store.tracking_uri(root)
     if source.startswith("models:"):
         with _readable(uri, "models"):
-            client = store.connect(root)
+            client = reader(root)
+            if client is None:
+                raise UsageError(f"{source}: no model is registered here; `vqmoe register` makes them")
             version = _version(client, source)
             place = client.get_model_version_download_uri(version.name, version.version)
-        run = next(iter(find(root, version.run_id)), None) if version.run_id else None
+        run = whole(root, version.run_id or "")
     else:
         run = named(root, source)
         place = run.model().place
@@ -149,6 +153,8 @@ def _version(client: "MlflowClient", source: str) -> "ModelVersion":
     if not form:
         raise UsageError(f"'{source}' names no registered model: write models:/name@alias or models:/name/version")
     name, version, alias = form.groups()
+    if version and len(version) > DIGITS:
+        raise UsageError(f"'{source}': a version has at most {DIGITS} digits; write models:/name@alias or models:/name/version")
     try:
         return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias)
     except MlflowException as error:

@@ -17,6 +17,7 @@ from pipeline.errors import Failure
 from pipeline.files import digest
 from pipeline.tracking import lineage, store
 from pipeline.tracking.journal import claim
+from pipeline.tracking.recorded import reader
 
 SEND_SECONDS = 2.0
 BREAK_SECONDS = 30.0
@@ -218,7 +219,8 @@ def reach(root: Path) -> tuple[str, int, str]:
     """Where runs are recorded, how many are not sent yet (those of now among them), and what is wrong there, or ""."""
     where, unsent = store.without_credentials(store.tracking_uri(root)), len(list(store.spool(root).glob("*.jsonl")))
     try:
-        store.connect(root).search_experiments(max_results=1)
+        if client := reader(root):
+            client.search_experiments(max_results=1)
     except Exception as error:  # whatever a store, a driver or a network raises
         return where, unsent, f"cannot be reached ({store.reason(error)}); runs go on and are kept on disk until it can"
     return where, unsent, ""

@@ -307,3 +307,10 @@ def test_stretches_cut_no_word_and_no_character(text, step):
 def test_the_first_byte_that_is_no_text_is_named():
     with pytest.raises(Failure, match=r"data: not UTF-8 at byte 9; convert it"):
         list(decoded([b"abc\n", b"def\nx\xe9"], "data"))
+
+
+def test_lines_before_a_byte_that_is_no_text_come_first():
+    found = []
+    with pytest.raises(Failure, match="not UTF-8 at byte 13"):
+        found.extend(lines(decoded([b"\xef\xbb\xbfabc\nd\xc3\xa9f\nx\xe9\nend\n"], "data")))
+    assert found == ["abc", "d\u00e9f"]

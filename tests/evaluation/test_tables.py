@@ -50,6 +50,13 @@ def test_the_numbers_behind_a_table_are_unrounded_and_parts_name_their_whole():
     assert row["gain"] is row["gain_low"] is row["gain_high"] is None
 
 
+def test_a_cell_is_one_line_whatever_a_name_has_in_it(capsys):
+    table = Table("Labels", ("labels", "value"), [("b\n\nc\x1b[1m | d", "1")])
+    assert table.markdown().splitlines()[-1] == r"| b\n\nc\x1b[1m \| d | 1 |"
+    table.show()
+    assert r"b\n\nc\x1b[1m | d" in capsys.readouterr().out
+
+
 def test_claims_and_pairs_are_ready_text():
     claim = Claim("28 % more robust", "50.1 %", "[48.8, 51.3]", "supported", "")
     table = claim_table([claim])

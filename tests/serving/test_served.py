@@ -44,6 +44,11 @@ def test_draws_follow_the_probabilities_of_the_nucleus():
         (Sampling(top_p=0.7), [0, 2 / 3, 0, 1 / 3]),
         (Sampling(top_p=0.49), [0, 1, 0, 0]),
         (Sampling(temperature=1e-45), [0, 1, 0, 0]),
+        # Beyond what float32 can tell from 0, or from infinity.
+        (Sampling(temperature=1e-50), [0, 1, 0, 0]),
+        (Sampling(temperature=5e-324), [0, 1, 0, 0]),
+        (Sampling(top_p=1e-50), [0, 1, 0, 0]),
+        (Sampling(temperature=1e39), [0.25, 0.25, 0.25, 0.25]),
         (Sampling(temperature=0.5), [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
     ):
         generator = torch.Generator().manual_seed(0)
@@ -51,6 +56,20 @@ def test_draws_follow_the_probabilities_of_the_nucleus():
         shares = np.bincount(drawn, minlength=4) / len(drawn)
         assert np.abs(shares - wanted).max() < 0.03
         assert ((shares > 0) == (np.array(wanted) > 0)).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 0.8, 1e39])
+def test_padding_is_never_drawn(temperature):
+    score_V, generator = torch.tensor([0.0, 1.0, -torch.inf]), torch.Generator().manual_seed(0)
+    assert {Sampling(temperature).draw(score_V, generator) for _ in range(200)} <= {0, 1}
+
+
+def test_a_seed_draws_what_it_always_drew():
+    score_NV = torch.randn(100, 50, generator=torch.Generator().manual_seed(1))
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    for score_V in score_NV:
+        share_V, id_V = (score_V / 0.8).softmax(0).sort(descending=True, stable=True)
+        assert Sampling(0.8).draw(score_V, generators[0]) == id_V[torch.multinomial(share_V, 1, generator=generators[1])]
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}])

@@ -108,3 +108,12 @@ def test_bytes_that_are_no_utf_8_are_listed(place):
     done = checked("data/a.txt")
     assert "a.txt, byte 1 (0xfc), 10 (0xfc), 19 (0xfc), ..." in done.stdout
     assert "iconv -f WINDOWS-1252 -t UTF-8" in done.stderr
+
+
+def test_a_class_is_one_line_whatever_its_name_has_in_it(place):
+    found = [row | {"label": "b\n\n\x1b[1mc" if row["label"] == "l0" else "\u00e9"} for row in rows()]
+    (place / "data/mine.jsonl").write_text(json_lines(found))
+    done = checked("data/mine.jsonl")
+    assert done.exit_code == 0 and r"\n  b\n\n\x1b[1mc".replace(r"\n  ", "\n  ", 1) in done.stdout and "\x1b" not in done.output
+    printed = checked("data/mine.jsonl", "--json").stdout
+    assert printed.isascii() and "b\n\n\x1b[1mc" in json.loads(printed)["classes"]

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sqlite3
+import subprocess
 
 import pytest
 from click.testing import CliRunner
@@ -114,8 +115,32 @@ def test_a_damaged_database_is_named(place):
     assert "cannot be reached" in problem
 
 
-def test_dvc_says_whether_stages_have_changed(tmp_path):
+def test_dvc_says_whether_stages_have_changed(tmp_path, monkeypatch):
     assert "no dvc.yaml" in doctor._dvc(tmp_path).problem
     (tmp_path / "dvc.yaml").write_text("stages: {}")
-    assert "`dvc status` fails" in doctor._dvc(tmp_path).problem  # not initialised
+    problem = doctor._dvc(tmp_path).problem  # not initialised
+    assert problem.startswith("`dvc status` fails: you are not inside of a DVC repository")
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    assert doctor._dvc(tmp_path).value == "up to date"
+    (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: touch b, outs: [b]}}")
+    assert doctor._dvc(tmp_path).value == "changed since the last `dvc repro`"
+    (tmp_path / "dvc.yaml").write_text("stages: {a: {}}")
+    assert doctor._dvc(tmp_path).problem == "`dvc status` fails: './dvc.yaml' validation failed."
     assert doctor._dvc(REPOSITORY).value in ("up to date", "changed since the last `dvc repro`")
+    said = "ERROR: failed to do it: no room\n\nHaving any troubles? Hit us up at https://dvc.org/support\n"
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess("dvc", 255, "", said))
+    assert doctor._dvc(tmp_path).problem == "`dvc status` fails: failed to do it: no room"
+
+
+def test_nothing_is_made_where_it_looks(place):
+    before = sorted(place.iterdir())
+    examined()
+    assert sorted(place.iterdir()) == before
+
+
+def test_a_repository_that_cannot_be_written_is_named(place, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: path != place)
+    disk, temporary = problems("disk", "temporary files")
+    assert disk == f"{place} cannot be written, where runs keep what they make; mend its permissions, or use a copy"
+    assert temporary == ""

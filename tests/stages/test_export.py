@@ -16,6 +16,7 @@ from pipeline.tracking import store
 from stages.export import SOURCES, Origin, intervals
 from stages.paths import Cell
 from tests.conftest import REPOSITORY
+from tests.tracking.conftest import DEAD
 
 CLASSIFIER, LANGUAGE = "outputs/finetune/vqmoe-s0/toy", "outputs/pretrain/vqmoe-s0"
 REFERENCES = "always answering the commonest label of train (majority): accuracy % 75.0, majority's accuracy % 50.0."
@@ -146,3 +147,31 @@ def test_provenance_is_that_of_the_data_folders_page():
     for name, (_, licence) in SOURCES.items():
         assert name in page and licence in page
     assert SOURCES.keys() >= PUBLISHED.keys() | {"sotu", "austen", "era"}
+
+
+def test_a_folder_is_exported_without_its_store(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    done = export(tmp_path / "away", "--model", CLASSIFIER)
+    assert done.exit_code == 0 and done.stderr.startswith(f"vqmoe: {DEAD}: runs cannot be read there")
+    assert len(done.stderr.splitlines()) == 1 and "Seed: 0. Run: not known." in (tmp_path / "away/README.md").read_text()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert export("out", "--model", trained.root / CLASSIFIER).exit_code == 0
+    assert [file.name for file in elsewhere.iterdir()] == ["out"]
+
+
+def test_a_result_names_a_run_by_its_whole_id(trained, tmp_path):
+    path = trained.result("pretrain", Cell("vqmoe", 0))
+    result = read_json(path, "")
+    for number, run_id in enumerate(("", result["run_id"][:8])):
+        write_json(path, result | {"run_id": run_id})
+        assert export(tmp_path / f"{number}", "--model", LANGUAGE).exit_code == 0
+        assert "Seed: 0. Run: not known." in (tmp_path / f"{number}/README.md").read_text()
+
+
+def test_a_name_that_no_folder_can_have_is_one_line(trained):
+    done = export("a" * 300, "--model", LANGUAGE)
+    assert done.exit_code == 1 and "aaa: cannot be written (File name too long)" in done.output
+    assert len(done.output.splitlines()) == 1

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from rich.cells import cell_len
 
 import cli
 from pipeline.models.build import build
 from pipeline.training import checkpoint
+from stages import route
 from tests.models.test_vit import spec as vision_spec
 
 
@@ -50,8 +52,6 @@ def test_numbers_lie_under_their_tokens_where_there_are_no_colours(served):
 
 def test_on_a_terminal_every_token_has_the_colour_of_its_expert(served, monkeypatch):
     from rich.console import Console
-
-    from stages import route
 
     monkeypatch.setattr(route, "Console", lambda **more: Console(force_terminal=True, color_system="truecolor", **more))
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -125,3 +125,41 @@ def test_models_of_texts_and_of_images_are_not_shown_together(served, image):
     folder, file = image
     assert "models of one kind" in invoke("--model", folder, "--model", served(), file).output
     assert "name an image file" in invoke("--model", folder, "--text", "a").output
+
+
+def test_a_text_is_shown_as_it_is_and_numbers_lie_under_its_cells(served):
+    folder = served()
+    text = "a :smile: [bold]\t中 \x1b[1mé\r\nend"
+    output = invoke("--model", folder, "--text", text).output
+    found = json.loads(invoke("--model", folder, "--text", text, "--json").output)
+    first, marks, second, ends = output.splitlines()[1:5]
+    assert first == "a :smile: [bold]·  中 ·[1m é·" and second == "end" and "\x1b" not in output
+    # Byte by byte: the last of a character stands for it, those before it have a cell of their own.
+    wanted, place = numbers(found, "clean", 0), 0
+    for piece, number in zip(found["clean"]["tokens"], wanted, strict=True):
+        if place < cell_len(marks):
+            assert int(marks[place]) == number
+            place += max(cell_len(piece), 1)
+    assert ends == "".join(map(str, wanted[-3:]))
+
+
+def test_models_are_named_by_what_tells_them_apart(served, tmp_path, monkeypatch):
+    assert route.named(["outputs/a/era", "outputs/b/era"]) == ["a/era", "b/era"]
+    assert route.named(["a/era", "b/era", "b/other", "b/era"]) == ["a/era", "b/era", "b/other", "b/era"]
+    assert route.named(["models:/x@champion", "0123abcd"]) == ["x@champion", "0123abcd"] and route.named([]) == []
+    folder = served().rename(tmp_path / "run[bold]7")
+    monkeypatch.chdir(folder)
+    done = invoke("--model", ".", "--text", "we")
+    assert done.exit_code == 0 and done.output.startswith("run[bold]7, block 0")
+
+
+def test_a_width_of_nothing_is_not_known(served, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert invoke("--model", served(), "--text", "we").output.splitlines()[1] == "we"
+
+
+def test_a_page_in_the_place_of_a_folder_is_one_line(tmp_path):
+    for place in (f"{tmp_path}/new/", f"{tmp_path}"):
+        done = invoke("--text", "we", "--html", place)
+        assert done.exit_code == 2 and done.output.startswith(f"vqmoe: {place}: a folder; name a file for the page")
+    assert not (tmp_path / "new").exists()

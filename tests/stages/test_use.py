@@ -1,14 +1,21 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import cli
 from pipeline.files import read_json
+from pipeline.models.build import build
+from pipeline.training import checkpoint
 from stages.paths import Cell
 from tests.conftest import REPOSITORY
+from tests.models.test_vit import spec as vision_spec
 
 
 def invoke(*arguments, input=None):
@@ -80,12 +87,13 @@ def test_a_file_that_is_not_there_is_told_before_any_label(served, tmp_path):
         ("classifier", ["classify"], "nothing to label"),
         ("classifier", ["classify", "missing.txt"], "missing.txt: not found"),
         ("language-model", ["generate", "--top-p", "2"], "top-p is 2.0"),
+        ("language-model", ["generate", "--model", f"models:/x/{9**30}"], "a version has at most 9 digits; write models:/name@"),
         ("text27", ["generate", "--prompt", "日本"], "prompt '日本': nothing of it is left in the view of this model (text27"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(served, kind, arguments, line):
     folder = served(view="text27") if kind == "text27" else served(kind)
-    done = invoke(*arguments, "--model", folder)
+    done = invoke(arguments[0], "--model", folder, *arguments[1:])
     assert done.exit_code == (1 if "not found" in line else 2)
     assert line in done.output and len(done.output.splitlines()) == 1
 
@@ -122,3 +130,74 @@ def test_a_folder_needs_no_mlflow_and_comes_before_a_run(served, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / ".mlflow").exists()
+
+
+def test_json_is_json_and_lines_are_lines_whatever_is_in_them(served, tmp_path):
+    folder = served("classifier", labels=("b\n\nc", "\x1b[1m"))
+    texts = ["a\u00e9\x1b[1m", os.fsdecode(b"\xff")]
+    given = [part for one in texts for part in ("--text", one)]
+    printed = invoke("classify", "--model", folder, "--json", *given).stdout
+    assert printed.isascii() and [json.loads(line)["text"] for line in printed.splitlines()] == texts
+    table = invoke("classify", "--model", folder, *given).stdout
+    assert len(table.splitlines()) == 2 and "\x1b" not in table
+    first, second = table.splitlines()
+    assert first.startswith((r"b\n\nc   ", r"\x1b[1m  ")) and first.endswith(r"  aé\x1b[1m") and second.endswith(r"  \udcff")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_what_an_encoding_lacks_is_escaped(served, encoding):
+    done = subprocess.run(
+        ["vqmoe", "classify", "--model", served("classifier"), "--text", b"\xc3\xa9\xff"],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(rb"\xe9\udcff" if encoding == "ascii" else b"\xc3\xa9" + rb"\udcff")
+
+
+def test_what_comes_before_a_bad_line_is_labelled(served, tmp_path):
+    folder, file = served("classifier"), tmp_path / "lines.txt"
+    file.write_bytes(b"good\n" * 70 + b"b\xffd\ngood\n")
+    for name in (file, "-"):
+        done = invoke("classify", "--model", folder, name, input=file.read_bytes())
+        assert done.exit_code == 1 and len(done.stdout.splitlines()) == 70
+        assert "not UTF-8 at byte 351" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_comes_before_an_image_that_cannot_be_read_is_labelled(tmp_path, seeded):
+    described = vision_spec("vqmoe").model_copy(update={"view": "rgb"})
+    checkpoint.save(tmp_path, build(described), described)
+    files = [tmp_path / f"{place}\n.png" for place in range(4)]
+    for file in files:
+        Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(file)
+    files[2].write_text("no image")
+    done = invoke("classify", "--model", tmp_path, *files)
+    assert done.exit_code == 1 and "2\\n.png: cannot be decoded" in done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines()] == [rf"{tmp_path}/{place}\n.png" for place in range(2)]
+
+
+def test_standard_input_that_is_closed_is_one_line(served):
+    command = f"from cli import main; main(['classify', '--model', {str(served('classifier'))!r}, '-'])"
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" <&-', sys.executable, command], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == "vqmoe: -: standard input is closed; give it texts, or name files\n"
+
+
+def test_names_that_no_file_can_have_and_folders_that_may_not_be_looked_into(served, tmp_path, monkeypatch):
+    folder, long = served("classifier"), "a" * 300
+    for arguments in (["generate", "--model", long], ["classify", "--model", folder, long]):
+        done = invoke(*arguments)
+        assert done.exit_code == 1 and done.output.startswith(f"vqmoe: {long}: no") and len(done.output.splitlines()) == 1
+    stat = Path.stat
+
+    def locked(path, **more):
+        if tmp_path / "locked" in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **more)
+
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(Path, "stat", locked)
+    for place in ("locked", "locked/x"):
+        done = invoke("generate", "--model", tmp_path / place)
+        assert done.exit_code == 1 and done.output.startswith(f"vqmoe: {tmp_path}/{place}") and len(done.output.splitlines()) == 1

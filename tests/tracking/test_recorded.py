@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline import tracking
-from pipeline.errors import Failure
+from pipeline.errors import Failure, UsageError
 
 
 def _record(root, name="n", **params):
@@ -34,3 +34,13 @@ def test_the_embedded_store_is_read_whatever_server_is_named(tmp_path, monkeypat
     with pytest.raises(Failure, match=r"http://127\.0\.0\.1:9: runs cannot be read there") as caught:
         tracking.find(tmp_path, made)
     assert "secret" not in str(caught.value)
+
+
+def test_reading_makes_no_store_and_a_whole_id_is_no_beginning(tmp_path):
+    assert tracking.find(tmp_path, "0123") == [] and tracking.reach(tmp_path)[1:] == (0, "")
+    with pytest.raises(UsageError, match="models:/x/1: no model is registered here; `vqmoe register` makes them"):
+        tracking.fetch(tmp_path, "models:/x/1", tmp_path)
+    assert not [*tmp_path.iterdir()]
+    made = _record(tmp_path)
+    assert tracking.whole(tmp_path, made).id == made
+    assert tracking.whole(tmp_path, made[:8]) is tracking.whole(tmp_path, "") is None
