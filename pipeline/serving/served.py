@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.corpora import exists, view
+from pipeline.data.corpora import view
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Failure, UsageError
 from pipeline.models.build import Spec
