@@ -38,7 +38,7 @@ class Table(NamedTuple):
     def show(self) -> None:
         """Print with every cell whole: on a terminal in as many parts as its width takes, each with the first column."""
         console = Console()
-        cells = [[printable(row[column]) for row in (self.heads, *self.rows)] for column in range(len(self.heads))]
+        cells = [[head, *(printable(row[column]) for row in self.rows)] for column, head in enumerate(self.heads)]
         numeric = [self.numeric(column) for column in range(len(self.heads))]
         # What is said of a number in parentheses goes below it.
         cells = [[cell.replace(" (", "\n(") if n else cell for cell in own] for own, n in zip(cells, numeric, strict=True)]

@@ -62,6 +62,8 @@ def test_methods_are_rows_in_the_order_of_a_measure(printed, made):
         assert [row["method"] for row in json.loads(printed(name, form="json", sort=name))][:3] == order
     # A method that has no such value is last.
     assert cells(printed("macro", by="method", sort="codebook perplexity"))[0][0] == "vqmoe"
+    long = printed("accuracy without", by="method")
+    assert "\\n" not in long and "era: test accuracy % -" in long.splitlines()[2]
     turned, straight = cells(printed("test bits", by="method")), cells(printed("test bits"))
     assert [row[1] for row in turned] == straight[0][1:4]
 
