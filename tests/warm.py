@@ -59,6 +59,8 @@ def answer(connection: socket.socket) -> None:
     if not (child := os.fork()):
         for stream in range(3):
             os.dup2(streams[stream], stream)
+        # Those of Python know whether what they were opened on, and not whether this, can be sought in.
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, errors="backslashreplace", closefd=False)
         run(*json.loads(message))
         sys.exit()
     connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
