@@ -60,10 +60,10 @@ def fetch(root: Path, source: str, folder: Path) -> tuple[Path, Recorded | None]
     uri = store.tracking_uri(root)
     if source.startswith("models:"):
         with _readable(uri, "models"):
-            client = reader(root)
+            form, client = _form(source), reader(root)
             if client is None:
                 raise UsageError(f"{source}: no model is registered here; `vqmoe register` makes them")
-            version = _version(client, source)
+            version = _version(client, *form)
             place = client.get_model_version_download_uri(version.name, version.version)
         run = whole(root, version.run_id or "")
     else:
@@ -146,15 +146,20 @@ def _versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
             return sorted(found, key=lambda one: int(one.version))
 
 
-def _version(client: "MlflowClient", source: str) -> "ModelVersion":
-    from mlflow.exceptions import MlflowException
-
+def _form(source: str) -> tuple[str, str | None, str | None]:
+    """Name, version and alias; one of the last two."""
     form = REGISTERED.fullmatch(source)
     if not form:
         raise UsageError(f"'{source}' names no registered model: write models:/name@alias or models:/name/version")
     name, version, alias = form.groups()
     if version and len(version) > DIGITS:
         raise UsageError(f"'{source}': a version has at most {DIGITS} digits; write models:/name@alias or models:/name/version")
+    return name, version, alias
+
+
+def _version(client: "MlflowClient", name: str, version: str | None, alias: str | None) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
     try:
         return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
