@@ -1,6 +1,7 @@
 """One run: params, metrics, data, model, lineage, and an end that is never RUNNING."""
 
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pipeline.config import fingerprint
@@ -21,6 +23,7 @@ from pipeline.tracking.recorded import reader
 
 SEND_SECONDS = 2.0
 BREAK_SECONDS = 30.0
+IMPORT_SECONDS = 0.01
 # How long the end of a run waits for its last words to be sent, and whoever asks for its id for the first answer.
 END_SECONDS = 30.0
 
@@ -232,7 +235,7 @@ def _clean(values: Mapping[str, Any]) -> dict[str, str]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP (a closed terminal) leave through the normal way out, so that the run can be closed.
+    """SIGTERM and SIGHUP (a closed terminal) leave through the normal way out, as Ctrl-C does, so that the run can be closed.
 
     A signal that is ignored stays ignored: `nohup` asks for that.
     """
@@ -240,10 +243,17 @@ def terminable() -> Iterator[None]:
         yield
         return
 
-    def leave(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
+    def leave(signum: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+            # An exception there may leave the lock of all imports held, for which the thread that sends would wait.
+            threading.Timer(IMPORT_SECONDS, os.kill, (os.getpid(), signum)).start()
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + signum)
 
-    heeded = [signum for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) is not signal.SIG_IGN]
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [signum for signum in ends if signal.getsignal(signum) is not signal.SIG_IGN]
     before = {signum: signal.signal(signum, leave) for signum in heeded}
     try:
         yield

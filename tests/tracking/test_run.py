@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -95,6 +96,25 @@ def test_a_run_that_ends_badly_says_how(root, begin, error, status):
     assert found.data.metrics == {"a": 1.0}
     if status == "FAILED":
         assert "no" in found.data.tags["vqmoe.error"]
+
+
+@pytest.mark.parametrize(("sent", "stop"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_waits_until_an_import_is_out_of_the_system_that_locks_it(sent, stop, monkeypatch):
+    met = []
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            frame = sys._getframe().f_back
+            met.append(frame.f_code.co_filename)
+            signal.getsignal(sent)(sent, frame)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(stop), tracking.terminable():
+        with pytest.raises(ImportError):
+            import nothing_of_that_name  # noqa: F401
+        met.append("out of it")
+        time.sleep(10)
+    assert met == ["<frozen importlib._bootstrap>", "out of it"]
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
