@@ -1,6 +1,7 @@
 """Use a trained model from the command line: go on with a text, label texts or images."""
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,6 @@ import numpy as np
 from pipeline import serving, tracking
 from pipeline.config import Params
 from pipeline.data import archives, tables
-from pipeline.data.corpora import exists
 from pipeline.errors import Failure, UsageError, nearest, printable
 from pipeline.files import nearest_path
 from stages.paths import Cell, Paths
@@ -38,7 +38,7 @@ def folder_of(source: str | Path, root: Path) -> Iterator[Path]:
 @contextmanager
 def found(source: str | Path, root: Path) -> Iterator[tuple[Path, tracking.Recorded | None]]:
     """As `folder_of`, and the run that made the model, if it was not a folder that was named."""
-    if exists(Path(source)):
+    if os.path.exists(source):
         yield Path(source), None
         return
     if not tracking.names_model(str(source)):
@@ -74,7 +74,7 @@ def classify(source: str | Path, root: Path, texts: Sequence[str], files: Sequen
     for file in files:
         if str(file) == "-" and sys.stdin is None:
             raise Failure("-: standard input is closed; give it texts, or name files")
-        if str(file) != "-" and not exists(file):
+        if str(file) != "-" and not os.path.exists(file):
             raise Failure(f"{file}: not found{nearest_path(file, Path())}")
     with folder_of(source, root) as folder:
         model = serving.load(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.checking import encoding, texts
 from pipeline.checking.findings import ARRAYS, DRAWN, FOLDERS, RECORDS, Findings
 from pipeline.data import archives, published, tables
-from pipeline.data.corpora import EMBEDDED, PUBLISHED, exists, folder_texts
+from pipeline.data.corpora import EMBEDDED, PUBLISHED, folder_texts
 from pipeline.data.tables import SPLITS, file_kind
 from pipeline.errors import Failure, UsageError
 from pipeline.files import nearest_path
@@ -34,7 +34,7 @@ INSTEAD = {
 def known(path: Path) -> None:
     """Raises UsageError if a path is neither a file nor a folder, or cannot stand in params.yaml."""
     if not os.path.isfile(path) and not os.path.isdir(path):
-        if exists(path):
+        if os.path.exists(path):
             raise UsageError(f"{path}: neither a file nor a folder")
         raise UsageError(f"{path}: not found{nearest_path(path, Path()) or '; check the name'}")
     if re.search("[\ud800-\udfff]", str(path)):
